@@ -1,0 +1,183 @@
+"""Where a task's rows come from: a built-in set, a file, a folder, or the hub.
+
+Everything is read by `datasets`, and every split is one of its slices (`train[:2000]`,
+`validation[50%:]`), whatever the source. The rows come back with the columns that the task names
+and with an id, the hash of their content: by it the gate knows that two splits do not overlap and
+that two measurements speak of the same examples.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import datasets
+from PIL.Image import Image
+
+from benchmarks import docstrings
+
+Row = dict[str, Any]
+Splits = dict[str, list[Row]]
+
+# The file formats that `datasets` reads; `.gz` behind any of them is read as it is.
+BUILDERS: Final = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+BUILTIN: Final = {"builtin:docstrings": docstrings.load}
+# From the most to the least protected: an overlap is mended in the later one.
+PROTECTION: Final = ("gate", "selection", "calibration", "train")
+
+
+class DataError(ValueError):
+    """The data are not what the recipe says. Printed without a traceback."""
+
+
+def load(
+    source: str,
+    *,
+    subset: str | None,
+    splits: Mapping[str, str],
+    columns: Mapping[str, str],
+    overlap: Literal["error", "drop"],
+) -> Splits:
+    """Return the rows of every split, with one key a role of `columns` and `id`.
+
+    Raises:
+        DataError: no such file, split or column; an empty split; two splits that share an example.
+    """
+    tables = _read(source, subset)
+    rows = {
+        name: _rows(tables, f"{source}: {name}: {spec}", spec, columns)
+        for name, spec in splits.items()
+    }
+    _separate(rows, overlap)
+    for name, found in rows.items():
+        if not found:
+            raise DataError(
+                f"{source}: split {splits[name]!r} ({name}): found 0 examples, expected at least 1"
+            )
+    return rows
+
+
+def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
+    path = Path(source).expanduser()
+    if source in BUILTIN:
+        return {
+            name: datasets.Dataset.from_list(rows) for name, rows in BUILTIN[source]().items()
+        }
+    if source.startswith("builtin:"):
+        raise DataError(f"{source}: no such built-in data, expected one of {sorted(BUILTIN)}")
+    try:
+        if path.is_file():
+            return _read_file(path)
+        if path.is_dir():
+            return _tables(datasets.load_dataset(str(path.resolve()), subset))
+        if path.suffix in {*BUILDERS, ".gz"} or source.startswith((".", "/", "~")):
+            raise DataError(f"{source}: no such file or folder")
+        return _tables(datasets.load_dataset(source, subset))
+    except (ConnectionError, FileNotFoundError) as error:
+        raise DataError(
+            f"{source}: found neither as a file or folder here nor on the hub or in its local cache"
+            f" ({_first_line(error)})"
+        ) from error
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source}: cannot be read as data: {_first_line(error)}") from error
+
+
+def _read_file(path: Path) -> Mapping[str, datasets.Dataset]:
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in BUILDERS:
+        raise DataError(f"{path}: found a file of type {suffix!r}, expected one of {[*BUILDERS]}")
+    options = {"delimiter": "\t"} if suffix == ".tsv" else {}
+    if not path.stat().st_size:
+        raise DataError(f"{path}: found an empty file")
+    return _tables(
+        datasets.load_dataset(BUILDERS[suffix], data_files=str(path.resolve()), **options)
+    )
+
+
+def _tables(loaded: object) -> Mapping[str, datasets.Dataset]:
+    assert isinstance(loaded, datasets.DatasetDict)
+    return loaded
+
+
+def _rows(
+    tables: Mapping[str, datasets.Dataset], where: str, spec: str, columns: Mapping[str, str]
+) -> list[Row]:
+    sizes = {name: len(table) for name, table in tables.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(spec).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise DataError(
+            f"{where}: not a split of these data, expected a slice such as 'train[:2000]'"
+            f" of {sizes} ({_first_line(error)})"
+        ) from error
+    rows = []
+    for part in parts:
+        table = tables[part.splitname]
+        for role, column in columns.items():
+            if column not in table.column_names:
+                raise DataError(
+                    f"{where}: found columns {table.column_names}, expected {column!r} for the"
+                    f" {role}; name it under task.columns"
+                )
+        names = {
+            role: feature.names
+            for role, column in columns.items()
+            if isinstance(feature := table.features[column], datasets.ClassLabel)
+        }
+        for record in table.select(range(part.from_, part.to)):
+            row = {role: record[column] for role, column in columns.items()}
+            for role, label_names in names.items():
+                row[role] = label_names[row[role]]
+            if any(value is None for value in row.values()):
+                missing = [columns[role] for role, value in row.items() if value is None]
+                raise DataError(f"{where}: found an empty value in column {missing[0]!r}")
+            rows.append({**row, "id": _content_hash(row)})
+    return rows
+
+
+def _content_hash(row: Row) -> str:
+    digest = hashlib.sha256()
+    for role in sorted(row):
+        value = row[role]
+        # What is to be predicted is left out: a text with two labels is one example.
+        if role in {"label", "tags", "answers"}:
+            continue
+        if isinstance(value, Image):
+            digest.update(value.convert("RGB").tobytes())
+        else:
+            digest.update(json.dumps([role, value], sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _separate(rows: Splits, overlap: Literal["error", "drop"]) -> None:
+    """Make the splits disjoint, or refuse them; the more protected split keeps its examples."""
+    taken: dict[str, str] = {}
+    for name in PROTECTION:
+        if name not in rows:
+            continue
+        shared = [row for row in rows[name] if row["id"] in taken]
+        if shared and overlap == "error":
+            other = taken[shared[0]["id"]]
+            raise DataError(
+                f"task.splits: {name} and {other} share {len(shared)} of {len(rows[name])} examples,"
+                f" expected none; choose other slices, or set `overlap: drop` under task to take"
+                f" them out of {name}"
+            )
+        rows[name] = [row for row in rows[name] if row["id"] not in taken]
+        taken.update((row["id"], name) for row in rows[name])
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Sequence[str] = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

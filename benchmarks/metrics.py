@@ -1,0 +1,102 @@
+"""What a score is: functions from per-example columns to one number.
+
+The columns come from a task's judge (tasks.py): one row an example, kept for baseline and candidate
+alike, so that the gate can pair them. A metric says of which kind it is, because the kind decides
+the statistical test; it knows nothing of models, budgets or tests.
+
+N examples.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+Columns = Mapping[str, NDArray[np.generic]]
+Floats = NDArray[np.float64]
+Kind = Literal["binary", "mean", "corpus", "perplexity"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: its kind, and its function.
+
+    `binary` and `mean` functions return one value an example `(N,)`, and the score is their mean;
+    `corpus` functions return the score of all examples at once; `perplexity` is the exponential of
+    a mean over tokens, lower is better.
+    """
+
+    kind: Kind
+    function: Callable[[Columns], Floats | float]
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger score is a better one."""
+        return self.kind != "perplexity"
+
+
+def accuracy(columns: Columns) -> Floats:
+    """Return 1 where the prediction is the label, else 0 `(N,)`."""
+    return np.asarray(columns["prediction"] == columns["label"], np.float64)
+
+
+def exact_match(columns: Columns) -> Floats:
+    """Return 1 where the normalised answer equals a reference `(N,)`. SQuAD 1.1, arXiv 1606.05250."""
+    return np.asarray(columns["exact_match"], np.float64)
+
+
+def answer_f1(columns: Columns) -> Floats:
+    """Return the token overlap of answer and reference `(N,)`. SQuAD 1.1, arXiv 1606.05250."""
+    return np.asarray(columns["answer_f1"], np.float64)
+
+
+def macro_f1(columns: Columns) -> float:
+    """Return the unweighted mean over the classes of their F1."""
+    labels, predictions = columns["label"], columns["prediction"]
+    return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
+
+
+def matthews(columns: Columns) -> float:
+    """Return the Matthews correlation coefficient in [-1, 1]."""
+    return float(matthews_corrcoef(columns["label"], columns["prediction"]))
+
+
+def entity_f1(columns: Columns) -> float:
+    """Return the micro F1 of whole entities, from the counts of each sentence (CoNLL-2003)."""
+    right = int(columns["true_positives"].sum())
+    wrong = int(columns["false_positives"].sum()) + int(columns["false_negatives"].sum())
+    return 2 * right / (2 * right + wrong) if right + wrong else 1.0
+
+
+def perplexity(columns: Columns) -> float:
+    """Return exp of the mean negative log-likelihood of a token."""
+    return float(np.exp(columns["nll"].sum() / columns["tokens"].sum()))
+
+
+def score(name: str, columns: Columns) -> float:
+    """Return the score by the metric `name`.
+
+    Raises:
+        ValueError: there is no example, or the score is not a finite number.
+    """
+    examples = len(next(iter(columns.values())))
+    if not examples:
+        raise ValueError(f"{name}: found no example, expected at least one")
+    value = float(np.mean(METRICS[name].function(columns)))
+    if not np.isfinite(value):
+        raise ValueError(f"{name}: found {value} over {examples} examples, expected a number")
+    return value
+
+
+METRICS: Final[Mapping[str, Metric]] = {
+    "accuracy": Metric("binary", accuracy),
+    "exact_match": Metric("binary", exact_match),
+    "answer_f1": Metric("mean", answer_f1),
+    "macro_f1": Metric("corpus", macro_f1),
+    "matthews": Metric("corpus", matthews),
+    "entity_f1": Metric("corpus", entity_f1),
+    "perplexity": Metric("perplexity", perplexity),
+}

@@ -1,0 +1,375 @@
+"""What a model is asked: rows to model inputs, and model outputs to what a metric reads.
+
+A task is a row of `TASKS`: the class that transformers has for it, the columns it needs, how a row
+becomes the windows that a model sees, and how the outputs for these windows are judged. It knows
+neither which runtime predicts nor what a metric does with the columns.
+
+N examples, W windows of an example, T tokens, C classes, V vocabulary.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax
+from seqeval.metrics.sequence_labeling import get_entities
+
+from benchmarks.data import DataError, Row
+
+Array = NDArray[np.generic]
+Arrays = dict[str, Array]
+
+IGNORED: Final = -100
+"""The label of a position that counts neither in a loss nor in a score."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the model sees at once: its `inputs`, and the `labels` that its loss needs."""
+
+    inputs: Arrays
+    labels: Arrays
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as windows, with what is needed to judge the outputs for them."""
+
+    id: str
+    windows: tuple[Window, ...]
+    reference: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one example contributes.
+
+    `columns` are numbers for the metrics; `decisions` `(D,)` and `log_probabilities` `(D, C)` are
+    what two models can be compared by where there are no labels.
+    """
+
+    columns: Mapping[str, float]
+    decisions: Array
+    log_probabilities: Array | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of task; `columns` maps each role to the column it has unless the recipe says so."""
+
+    auto_class: str
+    columns: Mapping[str, str]
+    metrics: tuple[str, ...]
+    encode: Callable[[Sequence[Row], Any, Sequence[str], int], list[Example]]
+    judge: Callable[[Example, Sequence[Arrays]], Judgement]
+    optional: frozenset[str] = frozenset()
+    labelled: str | None = None
+    reduction: str = "none"
+    axes: tuple[str, ...] = ("batch", "sequence")
+    processor: str = "AutoTokenizer"
+
+
+def collate(windows: Sequence[Arrays], padding: Mapping[str, int]) -> Arrays:
+    """Stack arrays of equal rank to `(B, longest, ...)`, shorter ones padded (0 unless told)."""
+    batch = {}
+    for name, first in windows[0].items():
+        arrays = [window[name] for window in windows]
+        shape = np.max([array.shape for array in arrays], axis=0)
+        stacked = np.full((len(arrays), *shape), padding.get(name, 0), first.dtype)
+        for row, array in enumerate(arrays):
+            stacked[(row, *(slice(size) for size in array.shape))] = array
+        batch[name] = stacked
+    return batch
+
+
+def padding(processor: object) -> dict[str, int]:
+    """Return the padding value of every array that is not padded with 0."""
+    pad = getattr(processor, "pad_token_id", None)
+    end = getattr(processor, "eos_token_id", None)
+    values = dict.fromkeys(("labels", "start_positions", "end_positions"), IGNORED)
+    return values | {"input_ids": next((value for value in (pad, end) if value is not None), 0)}
+
+
+def label_names(rows: Sequence[Row], role: str) -> list[str]:
+    """Return the names of the labels that occur, in the order of their ids.
+
+    Integers are their own ids; other labels are sorted.
+    """
+    values = {value for row in rows for value in np.atleast_1d(row[role]).tolist()}
+    if all(isinstance(value, int) for value in values):
+        return [str(value) for value in range(max(values) + 1)]
+    return sorted(str(value) for value in values)
+
+
+def _label_id(value: object, names: Sequence[str], where: str) -> int:
+    if isinstance(value, int):
+        if 0 <= value < len(names):
+            return value
+    elif str(value) in names:
+        return names.index(str(value))
+    raise DataError(
+        f"{where}: found label {value!r}, expected one of {list(names)}; name the labels in the"
+        " order of the model's ids under task.labels"
+    )
+
+
+def _inputs(encoding: Mapping[str, Sequence[Any]], row: int) -> Arrays:
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: np.asarray(encoding[name][row], np.int64) for name in names if name in encoding}
+
+
+def _encode_text(
+    rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
+) -> list[Example]:
+    pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
+    texts = [row["text"] for row in rows]
+    encoding = processor(texts, pairs, truncation=True, max_length=max_length)
+    examples = []
+    for index, row in enumerate(rows):
+        label = _label_id(row["label"], labels, "label")
+        window = Window(_inputs(encoding, index), {"labels": np.asarray(label, np.int64)})
+        examples.append(Example(row["id"], (window,), {"label": label}))
+    return examples
+
+
+def _encode_images(
+    rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
+) -> list[Example]:
+    del max_length
+    examples = []
+    for row in rows:
+        pixels = processor(row["image"].convert("RGB"), return_tensors="np")["pixel_values"][0]
+        label = _label_id(row["label"], labels, "label")
+        window = Window(
+            {"pixel_values": np.asarray(pixels, np.float32)},
+            {"labels": np.asarray(label, np.int64)},
+        )
+        examples.append(Example(row["id"], (window,), {"label": label}))
+    return examples
+
+
+def _judge_class(example: Example, outputs: Sequence[Arrays]) -> Judgement:
+    logits = outputs[0]["logits"]
+    prediction = int(np.argmax(logits))
+    return Judgement(
+        {"prediction": prediction, "label": example.reference["label"]},
+        np.asarray([prediction]),
+        log_softmax(np.asarray(logits, np.float64))[None],
+    )
+
+
+def _encode_tokens(
+    rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
+) -> list[Example]:
+    words = [list(row["tokens"]) for row in rows]
+    encoding = processor(words, is_split_into_words=True, truncation=True, max_length=max_length)
+    examples = []
+    for index, row in enumerate(rows):
+        tags = [_label_id(tag, labels, "tags") for tag in row["tags"]]
+        ids = encoding.word_ids(index)
+        # The first piece of a word carries its tag.
+        targets = [
+            tags[word] if word is not None and word != before else IGNORED
+            for before, word in zip([None, *ids], ids, strict=False)
+        ]
+        window = Window(_inputs(encoding, index), {"labels": np.asarray(targets, np.int64)})
+        examples.append(Example(row["id"], (window,), {"tags": tags, "names": tuple(labels)}))
+    return examples
+
+
+def _judge_tags(example: Example, outputs: Sequence[Arrays]) -> Judgement:
+    targets = example.windows[0].labels["labels"]
+    logits = outputs[0]["logits"][: len(targets)][targets != IGNORED]
+    decisions = np.argmax(logits, axis=-1)
+    names, tags = example.reference["names"], example.reference["tags"]
+    # Words behind the truncation were not seen: they count as outside.
+    seen = [names[tag] for tag in decisions] + ["O"] * (len(tags) - len(decisions))
+    found, expected = set(get_entities(seen)), set(get_entities([names[tag] for tag in tags]))
+    return Judgement(
+        {
+            "true_positives": len(found & expected),
+            "false_positives": len(found - expected),
+            "false_negatives": len(expected - found),
+        },
+        decisions,
+        log_softmax(np.asarray(logits, np.float64), axis=-1),
+    )
+
+
+def _encode_questions(
+    rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
+) -> list[Example]:
+    del labels
+    examples = []
+    for row in rows:
+        encoding = processor(
+            row["question"],
+            row["context"],
+            truncation="only_second",
+            max_length=max_length,
+            stride=max_length // 4,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        answers = row["answers"]
+        start = int(answers["answer_start"][0])
+        end = start + len(answers["text"][0])
+        windows, offsets = [], []
+        for index in range(len(encoding["input_ids"])):
+            in_context = np.asarray([s == 1 for s in encoding.sequence_ids(index)])
+            # (T, 2) characters of the context, (-1, -1) outside it.
+            spans = np.where(in_context[:, None], encoding["offset_mapping"][index], -1)
+            starts = np.flatnonzero((spans[:, 0] <= start) & (start < spans[:, 1]))
+            ends = np.flatnonzero((spans[:, 0] < end) & (end <= spans[:, 1]))
+            inside = len(starts) > 0 and len(ends) > 0
+            target = {
+                "start_positions": np.asarray(starts[0] if inside else 0, np.int64),
+                "end_positions": np.asarray(ends[0] if inside else 0, np.int64),
+            }
+            windows.append(Window(_inputs(encoding, index), target))
+            offsets.append(spans)
+        reference = {"context": row["context"], "answers": answers["text"], "offsets": offsets}
+        examples.append(Example(row["id"], tuple(windows), reference))
+    return examples
+
+
+LONGEST_ANSWER: Final = 30
+"""Tokens of an extracted answer at most."""
+
+
+def _judge_answer(example: Example, outputs: Sequence[Arrays]) -> Judgement:
+    best, text, decision = -np.inf, "", (0, 0, 0)
+    for window, (output, spans) in enumerate(
+        zip(outputs, example.reference["offsets"], strict=True)
+    ):
+        length = len(spans)
+        start, end = output["start_logits"][:length], output["end_logits"][:length]
+        pairs = np.triu(np.ones((length, length), bool)) & ~np.triu(
+            np.ones((length, length), bool), LONGEST_ANSWER
+        )
+        valid = spans[:, 0] >= 0
+        scores = np.where(pairs & valid[:, None] & valid[None], start[:, None] + end[None], -np.inf)
+        first, last = np.unravel_index(np.argmax(scores), scores.shape)
+        if scores[first, last] > best:
+            best = float(scores[first, last])
+            text = example.reference["context"][spans[first, 0] : spans[last, 1]]
+            decision = (window, int(first), int(last))
+    answers = example.reference["answers"]
+    return Judgement(
+        {
+            "exact_match": max(float(_normal(text) == _normal(answer)) for answer in answers),
+            "answer_f1": max(_overlap(_normal(text), _normal(answer)) for answer in answers),
+        },
+        np.asarray([_span_code(decision)]),
+    )
+
+
+def _span_code(decision: tuple[int, int, int]) -> int:
+    """Return one integer for (window, first token, last token), each below 2**20."""
+    window, first, last = decision
+    return (window << 40) | (first << 20) | last
+
+
+def _normal(answer: str) -> str:
+    """Lower case, without punctuation, articles and extra spaces (SQuAD 1.1's rule)."""
+    plain = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+
+
+def _overlap(found: str, expected: str) -> float:
+    left, right = Counter(found.split()), Counter(expected.split())
+    shared = (left & right).total()
+    if not left or not right:
+        return float(left == right)
+    return 2 * shared / (left.total() + right.total())
+
+
+def _encode_stories(
+    rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
+) -> list[Example]:
+    del labels
+    begin = getattr(processor, "bos_token_id", None)
+    begin = [] if begin is None else [begin]
+    texts = [row["text"] for row in rows]
+    encoding = processor(texts, add_special_tokens=False)["input_ids"]
+    examples = []
+    for row, ids in zip(rows, encoding, strict=True):
+        body = max_length - len(begin)
+        chunks = [begin + ids[at : at + body] for at in range(0, len(ids), body)]
+        windows = tuple(
+            Window(
+                {
+                    "input_ids": np.asarray(chunk, np.int64),
+                    "attention_mask": np.ones(len(chunk), np.int64),
+                },
+                {"labels": np.asarray(chunk, np.int64)},
+            )
+            for chunk in chunks
+            if len(chunk) > 1
+        )
+        if windows:
+            examples.append(Example(row["id"], windows))
+    if not examples:
+        raise DataError("text: found no text of two tokens or more, expected at least one")
+    return examples
+
+
+def _judge_tokens(example: Example, outputs: Sequence[Arrays]) -> Judgement:
+    nll, tokens, decisions = 0.0, 0, []
+    for window, output in zip(example.windows, outputs, strict=True):
+        scored = len(window.inputs["input_ids"]) - 1
+        nll += float(np.sum(output["nll"][:scored], dtype=np.float64))
+        tokens += scored
+        decisions.append(output["next_token"][:scored])
+    return Judgement({"nll": nll, "tokens": tokens}, np.concatenate(decisions))
+
+
+TASKS: Final[Mapping[str, Task]] = {
+    "text-classification": Task(
+        auto_class="AutoModelForSequenceClassification",
+        columns={"text": "text", "text_pair": "text_pair", "label": "label"},
+        optional=frozenset({"text_pair"}),
+        labelled="label",
+        metrics=("accuracy", "macro_f1", "matthews"),
+        encode=_encode_text,
+        judge=_judge_class,
+    ),
+    "token-classification": Task(
+        auto_class="AutoModelForTokenClassification",
+        columns={"tokens": "tokens", "tags": "ner_tags"},
+        labelled="tags",
+        metrics=("entity_f1",),
+        encode=_encode_tokens,
+        judge=_judge_tags,
+    ),
+    "question-answering": Task(
+        auto_class="AutoModelForQuestionAnswering",
+        columns={"question": "question", "context": "context", "answers": "answers"},
+        metrics=("answer_f1", "exact_match"),
+        encode=_encode_questions,
+        judge=_judge_answer,
+    ),
+    "causal-lm": Task(
+        auto_class="AutoModelForCausalLM",
+        columns={"text": "text"},
+        metrics=("perplexity",),
+        encode=_encode_stories,
+        judge=_judge_tokens,
+        reduction="next_token",
+    ),
+    "image-classification": Task(
+        auto_class="AutoModelForImageClassification",
+        columns={"image": "image", "label": "label"},
+        labelled="label",
+        metrics=("accuracy", "macro_f1", "matthews"),
+        encode=_encode_images,
+        judge=_judge_class,
+        axes=("batch",),
+        processor="AutoImageProcessor",
+    ),
+}

@@ -1,0 +1,21 @@
+"""A torch model becomes a file that another runtime opens.
+
+A format is a module of this folder, imported only when a recipe names it. It has two functions:
+`export` writes a model into a folder, `open_predictor` opens such a folder in a runtime. They know
+a torch model, a file and a folder; nothing of recipes, stages or measurements.
+"""
+
+from pkgutil import iter_modules
+
+
+class ExportError(RuntimeError):
+    """A model could not be exported, or what was exported gives other outputs."""
+
+
+class MissingDependency(ImportError):
+    """What a format needs is not installed."""
+
+
+def formats() -> list[str]:
+    """Return the names of the formats there are."""
+    return sorted(module.name for module in iter_modules(__path__))

@@ -1,0 +1,45 @@
+"""Prune, quantize and export Hugging Face transformers, measured at every stage.
+
+    from pipeline import prune_heads, units, save_pretrained, from_pretrained
+
+What a name needs is imported when it is first used, so that the command line starts at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.architectures import units
+    from pipeline.checkpoint import from_pretrained, save_pretrained
+    from pipeline.pruning import prune_heads, prune_layers, prune_neurons
+    from pipeline.recipe import Recipe
+    from pipeline.runner import run
+
+_HOMES = {
+    "Recipe": "pipeline.recipe",
+    "from_pretrained": "pipeline.checkpoint",
+    "prune_heads": "pipeline.pruning",
+    "prune_layers": "pipeline.pruning",
+    "prune_neurons": "pipeline.pruning",
+    "run": "pipeline.runner",
+    "save_pretrained": "pipeline.checkpoint",
+    "units": "pipeline.architectures",
+}
+
+__all__ = [
+    "Recipe",
+    "from_pretrained",
+    "prune_heads",
+    "prune_layers",
+    "prune_neurons",
+    "run",
+    "save_pretrained",
+    "units",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Return one of the public names, importing its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

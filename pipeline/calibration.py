@@ -1,0 +1,141 @@
+"""Run batches through a model and watch its layers.
+
+Everything that pruning wants to know of a unit is seen at one place, the input of the matrix that
+reads it: the gradient of a mask on the unit, and the second moments for the repair. One pass over
+the data serves all layers at once.
+
+B examples of a batch, T tokens, U units, I inputs of a matrix, w inputs of a unit (I = U w).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.accuracy import Track, silent
+from benchmarks.tasks import Example, collate
+
+Batch = dict[str, Tensor]
+
+
+def batches(
+    examples: Sequence[Example], padding: Mapping[str, int], size: int
+) -> Iterator[Batch]:
+    """Yield inputs and labels of every window of the examples, `size` at a time."""
+    windows = [{**w.inputs, **w.labels} for example in examples for w in example.windows]
+    for start in range(0, len(windows), size):
+        arrays = collate(windows[start : start + size], padding)
+        yield {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+@contextmanager
+def watching(
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call `see(name, input)` whenever one of the modules runs, until the block ends."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: see(name, args[0])
+
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mask_gradients(
+    model: PreTrainedModel,
+    readers: Mapping[str, nn.Module],
+    counts: Mapping[str, int],
+    data: Iterable[Batch],
+    *,
+    total: int,
+    track: Track = silent,
+) -> dict[str, Tensor]:
+    """Return dL_n/dx_u for every window n and unit u `(N, U)`, from one backward pass a batch.
+
+    x_u = 1 is a mask on the unit's slice s of the reader's input; its gradient is the sum of
+    s * dL/ds over tokens and slice. L_n is the window's own loss.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    model.eval()
+    found: dict[str, list[Tensor]] = {name: [] for name in readers}
+    seen: dict[str, Tensor] = {}
+
+    def see(name: str, states: Tensor) -> None:
+        if not states.requires_grad:
+            states.requires_grad_()
+        seen[name] = states
+
+    with watching(readers, see):
+        for batch in track(data, "scoring units", total):
+            size = len(next(iter(batch.values())))
+            # The library's loss is a mean over the batch; the sum makes each example's gradient
+            # that of its own loss.
+            loss = model(**batch).loss * size
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"scoring: found the loss {loss.item()}, expected a number")
+            gradients = torch.autograd.grad(loss, list(seen.values()))
+            for (name, states), gradient in zip(seen.items(), gradients, strict=True):
+                products = (states.detach() * gradient).reshape(size, -1, states.shape[-1]).sum(1)
+                found[name].append(products.reshape(size, counts[name], -1).sum(2))
+            seen.clear()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of a reader's input, with a 1 behind it where the reader has a bias.
+
+    `fit` and `held_out` are sums of x xT in float64 `(I, I)` or `(I+1, I+1)`, over different
+    examples; `tokens` counts those of `fit`.
+    """
+
+    fit: Tensor
+    held_out: Tensor
+    tokens: int
+
+
+HELD_OUT_EVERY = 5
+"""One batch of so many is held out, to choose the regularisation on."""
+
+
+@torch.no_grad()
+def moments(
+    model: PreTrainedModel,
+    readers: Mapping[str, nn.Module],
+    data: Iterable[Batch],
+    *,
+    total: int,
+    track: Track = silent,
+) -> dict[str, Moments]:
+    """Return the second moments of every reader's input, over the tokens that are not padding."""
+    model.eval()
+    sums: dict[str, list[Tensor]] = {}
+    tokens = [0, 0]
+    mask: Tensor | None = None
+    part = 0
+
+    def see(name: str, states: Tensor) -> None:
+        rows = states[mask] if mask is not None else states.reshape(-1, states.shape[-1])
+        rows = rows.double()
+        if readers[name].bias is not None:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        if name not in sums:
+            sums[name] = [rows.new_zeros(rows.shape[1], rows.shape[1]) for _ in range(2)]
+        sums[name][part].addmm_(rows.T, rows)
+
+    with watching(readers, see):
+        for index, batch in enumerate(track(data, "second moments", total)):
+            part = int(index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            tokens[part] += int(mask.sum()) if mask is not None else len(next(iter(batch.values())))
+            model(**batch)
+    return {name: Moments(fit, held_out, tokens[0]) for name, (fit, held_out) in sums.items()}

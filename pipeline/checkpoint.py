@@ -1,0 +1,185 @@
+"""A model as a folder: config.json, safetensors, and in the config what was cut.
+
+A pruned folder holds matrices of other shapes than its family's class builds, so that the stock
+`from_pretrained` refuses it. Here it is loaded through a subclass made on the spot, whose
+`__init__` builds the model as usual and then cuts it as `config.pruning` says; everything else
+(shards, dtypes, tied weights, device maps) is the stock loader's work. No pickle is read or
+written, and no code that comes with a model is run.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from benchmarks.machine import Unavailable
+from benchmarks.worker import Arrays, Predictor
+from pipeline import pruning
+
+
+class ModelError(ValueError):
+    """A model is missing, damaged, or not fit for its task. Printed without a traceback."""
+
+
+def save_pretrained(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write the model, cut or not, as config.json and safetensors."""
+    model.save_pretrained(folder)
+
+
+def from_pretrained(
+    source: str | Path, auto_class: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Return the model of a folder or a hub id, in evaluation mode.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, any other Hugging Face folder, or a hub id.
+        auto_class: the name of the `AutoModelFor...` class; the class that was saved unless given.
+        options: passed on to the library's `from_pretrained`.
+
+    Raises:
+        ModelError: no such model, damaged files, missing or unexpected tensors, or NaN in one.
+    """
+    model, missing = load(source, auto_class, **options)
+    if missing:
+        raise ModelError(
+            f"{source}: found no {_few(missing)}, expected every tensor of {type(model).__name__}"
+        )
+    return model
+
+
+def load(
+    source: str | Path, auto_class: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model and the names of the tensors that its files lack (they are random).
+
+    Raises:
+        ModelError: as `from_pretrained`, but for missing tensors.
+    """
+    config = read_config(source, options.get("revision"))
+    kind = model_class(source, config, auto_class)
+    config.update({name: options.pop(name) for name in ("id2label", "label2id") if name in options})
+    try:
+        model, info = _pruned(kind).from_pretrained(
+            source, config=config, output_loading_info=True, use_safetensors=True, **options
+        )
+    except ValueError as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{source}: {_first_line(error)}") from error
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{source}: cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:
+        # safetensors' own error, which derives from Exception alone.
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelError(f"{source}: damaged weights: {_first_line(error)}") from error
+    if unexpected := sorted(info["unexpected_keys"]):
+        raise ModelError(
+            f"{source}: found {_few(unexpected)}, which {kind.__name__} does not have;"
+            " the files are of another model or of a larger one"
+        )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{source}: found NaN or infinity in {name}, expected numbers")
+    return model.eval(), sorted(info["missing_keys"])
+
+
+def read_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """Return the configuration of a folder or a hub id.
+
+    Raises:
+        ModelError: there is none, or it is not one.
+    """
+    path = Path(source)
+    looks_local = str(source).startswith((".", "/", "~"))
+    if looks_local and not path.is_dir():
+        raise ModelError(f"{source}: no such folder")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{source}: found no config.json, expected a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if path.is_dir():
+            raise ModelError(f"{source}/config.json: {_first_line(error)}") from error
+        raise ModelError(
+            f"{source}: found neither as a folder here nor on the hub or in its local cache"
+            f" ({_first_line(error)})"
+        ) from error
+
+
+def model_class(
+    source: str | Path, config: PretrainedConfig, auto_class: str | None
+) -> type[PreTrainedModel]:
+    """Return the class of a model, or the one that `auto_class` has for it.
+
+    Raises:
+        ModelError: there is no such class.
+    """
+    if auto_class is None:
+        names = config.architectures or []
+        kind = getattr(transformers, names[0], None) if names else None
+        if kind is None:
+            raise ModelError(f"{source}: found architectures {names}, expected a transformers class")
+        return kind
+    mapping = getattr(transformers, auto_class)._model_mapping
+    if type(config) not in mapping:
+        raise ModelError(
+            f"{source}: found a {config.model_type} model, which has no {auto_class};"
+            " choose another task.kind or model"
+        )
+    kind = mapping[type(config)]
+    return kind[0] if isinstance(kind, tuple) else kind
+
+
+def _pruned(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return a subclass that cuts itself, as it is built, to what its config says is left."""
+
+    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cut: Mapping[str, Any] | None = getattr(config, "pruning", None)
+        if cut:
+            config.pruning = None
+        kind.__init__(self, config, *args, **kwargs)
+        if cut:
+            pruning.apply(self, cut)
+            # The record is written anew by the cut itself; keep every entry that was read.
+            self.config.pruning = cut
+
+    return type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+
+
+def open_predictor(folder: Path, *, device: str, threads: int) -> Predictor:
+    """Return the predictor of a torch artifact: arrays of inputs to arrays of outputs.
+
+    Raises:
+        Unavailable: the device is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Unavailable("target.device: found no CUDA device, expected one; use device: cpu")
+    torch.set_num_threads(threads)
+    model = from_pretrained(folder).to(device)
+
+    def predict(inputs: Arrays) -> Arrays:
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        with torch.inference_mode():
+            outputs = model(**tensors)
+        return {
+            name: value.float().cpu().numpy()
+            for name, value in outputs.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    return predict
+
+
+def _few(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""  # noqa: PLR2004
+    return ", ".join(names[:3]) + rest
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

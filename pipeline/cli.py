@@ -1,0 +1,224 @@
+"""The command line: arguments, what is shown, and the exit code. Nothing else prints.
+
+    0 within the budget    1 a budget is violated    2 the recipe, model, data or arguments are wrong
+    3 inconclusive         4 the target or a dependency is not available here
+    5 a stage failed       130 interrupted
+"""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, NoReturn, TypeVar
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+T = TypeVar("T")
+
+CODES: Final = {"pass": 0, "fail": 1, "inconclusive": 3}
+WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
+COLOURS: Final = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Do what the arguments say, and exit."""
+    options = _parser().parse_args(arguments)
+    _silence()
+    sys.exit(_guarded(options.command, options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="secateur",
+        description="Prune, quantize and export Hugging Face transformers: measured at every stage,"
+        " judged by a gate.",
+        epilog="exit codes: 0 within the budget, 1 a budget is violated, 2 recipe, model, data or"
+        " arguments are wrong, 3 inconclusive, 4 target or dependency not available, 5 a stage"
+        " failed, 130 interrupted",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run the whole pipeline; resumes by itself")
+    run.add_argument("recipe", type=Path, metavar="RECIPE")
+    run.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/<recipe>")
+    run.add_argument("--fresh", action="store_true", help="do every step again")
+    run.set_defaults(command=_run)
+    check = commands.add_parser("check", help="read recipes, and say what would run")
+    check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
+    check.set_defaults(command=_check)
+    doctor = commands.add_parser("doctor", help="what this machine can run")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _guarded(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Return the command's exit code; errors that a user can mend are shown as one line."""
+    from benchmarks.data import DataError
+    from benchmarks.machine import Unavailable
+    from benchmarks.worker import WorkerError
+    from exporters import ExportError, MissingDependency
+    from pipeline.checkpoint import ModelError
+    from pipeline.finetuning import TrainingError
+    from pipeline.gate import EvidenceError
+    from pipeline.quantization import QuantizationError
+    from pipeline.recipe import RecipeError
+
+    try:
+        return command(options)
+    except (RecipeError, DataError, ModelError, EvidenceError) as error:
+        return _say(WRONG, error)
+    except (Unavailable, MissingDependency) as error:
+        return _say(UNAVAILABLE, error)
+    except (WorkerError, TrainingError, ExportError, QuantizationError, FloatingPointError) as error:
+        return _say(FAILED, error)
+    except MemoryError:
+        return _say(FAILED, "out of memory; choose a smaller batch or model")
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            return _say(FAILED, f"{error.filename or 'output'}: no space left; free some, and run again")
+        if error.errno in {errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+            return _say(WRONG, f"{error.filename}: cannot be written: {error.strerror}")
+        raise
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED, "interrupted; run the same command again to go on")
+
+
+def _say(code: int, message: object) -> int:
+    err.print(f"secateur: {escape(str(message))}", soft_wrap=True)
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    from pipeline.runner import run
+
+    with _progress() as track:
+        report = run(options.recipe, options.output, fresh=options.fresh, track=track)
+    _show(report.to_json(), options)
+    return CODES[report.verdict.outcome]
+
+
+def _show(text: str, options: argparse.Namespace) -> None:
+    import json
+
+    from pipeline.report import check_line, table
+
+    report = json.loads(text)
+    header, rows = table(report)
+    shown = Table(*header[:1], box=None, pad_edge=False, header_style="bold")
+    for name in header[1:]:
+        shown.add_column(name, justify="right")
+    for row in rows:
+        shown.add_row(*row)
+    out.print()
+    out.print(shown)
+    for stage in report["stages"]:
+        if stage["gain_note"]:
+            out.print(f"[dim]{stage['name']}: {escape(stage['gain_note'])}[/dim]")
+    verdict = report["verdict"]
+    out.print()
+    for check in verdict["checks"]:
+        out.print(f"  [{COLOURS[check['outcome']]}]{escape(check_line(check))}[/]", soft_wrap=True)
+    outcome = verdict["outcome"]
+    out.print(f"[bold {COLOURS[outcome]}]{outcome}[/] against {report['baseline']}")
+    folder = options.output or Path("runs", options.recipe.stem)
+    kept = "artifact" if outcome == "pass" else "not published, last stage"
+    out.print(f"{kept}: {escape(report['artifact'])}", soft_wrap=True)
+    out.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from exporters import MissingDependency
+    from pipeline.recipe import Recipe, RecipeError
+
+    code = 0
+    for path in options.recipes:
+        try:
+            recipe = Recipe.from_yaml(path)
+        except RecipeError as error:
+            code = _say(WRONG, error)
+            continue
+        target = recipe.target
+        out.print(f"{escape(str(path))}: {escape(recipe.model.source)}, {recipe.task.kind}", soft_wrap=True)
+        for name, step in zip(recipe.stage_names, recipe.steps, strict=True):
+            fields = step.model_dump(exclude={"step"}, exclude_none=True)
+            settings = ", ".join(f"{key} {value}" for key, value in fields.items())
+            out.print(f"  {name}: {escape(settings)}", soft_wrap=True)
+        out.print(f"  target: {target.runtime} on {target.device}; baseline: {escape(recipe.baseline)}")
+        try:
+            _check_target(recipe)
+        except (MissingDependency, RuntimeError) as error:
+            code = code or _say(UNAVAILABLE, f"{path}: {error}")
+    return code
+
+
+def _check_target(recipe: object) -> None:
+    from pipeline.recipe import Recipe
+    from pipeline.runner import check_target
+
+    assert isinstance(recipe, Recipe)
+    check_target(recipe)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pipeline.doctor import examine
+
+    del options
+    shown = Table(box=None, pad_edge=False, show_header=False)
+    for finding in examine():
+        mark = "[green]yes[/]" if finding.here else "[yellow]no[/]"
+        shown.add_row(mark, finding.what, escape(finding.found))
+        if not finding.here and finding.remedy:
+            shown.add_row("", "", f"[dim]{escape(finding.remedy)}[/]")
+    out.print(shown)
+    return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Iterable[T], str, int], Iterable[T]]]:
+    """Give a `track` that shows a bar for every iteration that lasts."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+
+        def track(items: Iterable[T], what: str, total: int) -> Iterable[T]:
+            yield from progress.track(items, total=total, description=what)
+
+        yield track
+
+
+def _silence() -> None:
+    """Keep back what libraries say of themselves; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()

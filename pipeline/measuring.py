@@ -1,0 +1,159 @@
+"""Every artifact measured on the target, through the store.
+
+An artifact is opened in a fresh process twice: once for accuracy, memory and the first call, once
+beside all the others, for speed. What was measured is an entry of the store like any stage, keyed
+by the artifact's content, the data, the target and the machine, so that nothing is measured twice.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks import machine, speed
+from benchmarks.accuracy import Outcomes, Track, evaluate
+from benchmarks.tasks import Arrays, Example, Task
+from benchmarks.worker import Worker
+from pipeline.store import Store
+
+OPENERS: Final[Mapping[str, str]] = {
+    "torch": "pipeline.checkpoint:open_predictor",
+    "onnxruntime": "exporters.onnx:open_predictor",
+}
+"""What opens an artifact's folder in a runtime; see benchmarks.worker."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where artifacts are measured, with the number of threads settled."""
+
+    device: str
+    runtime: str
+    threads: int
+    loads: tuple[tuple[int, int], ...]
+    rounds: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What measuring needs: the store, the target, and the task's gate examples.
+
+    `evidence` is the fingerprint of the gate examples, `code` that of the code that measures.
+    """
+
+    store: Store
+    target: Target
+    machine: machine.Machine
+    task: Task
+    examples: Sequence[Example]
+    padding: dict[str, int]
+    evidence: str
+    code: str
+    track: Track
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What was measured of one artifact by itself."""
+
+    outcomes: Outcomes
+    load_seconds: float
+    import_floor_bytes: int
+    peak_rss_bytes: int
+    first_call_ms: tuple[float, ...]
+
+
+def alone(bench: Bench, folder: Path, digest: str) -> Alone:
+    """Return accuracy, memory and first calls of the artifact in `folder`."""
+
+    def make(target: Path) -> None:
+        with _open(bench, folder) as worker:
+            first = [speed.first_call_ms(worker, load) for load in loads(bench)]
+            # Before the evaluation, whose batches are not the target's loads.
+            peak = worker.peak_rss_bytes()
+            outcomes = evaluate(worker, bench.task, bench.examples, bench.padding, bench.track)
+            outcomes.save(target / "outcomes.safetensors")
+            measured = {
+                "load_seconds": worker.load_seconds,
+                "import_floor_bytes": worker.import_floor_bytes,
+                "peak_rss_bytes": peak,
+                "first_call_ms": first,
+            }
+            (target / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
+
+    key = _key(bench) | {"artifact": digest, "evidence": bench.evidence}
+    entry = bench.store.get("measured", key, make)
+    measured = json.loads((entry.folder / "measured.json").read_text(encoding="utf-8"))
+    return Alone(outcomes=Outcomes.load(entry.folder / "outcomes.safetensors"), **measured)
+
+
+def together(bench: Bench, folders: Mapping[str, Path]) -> dict[str, list[list[list[float]]]]:
+    """Return latencies of all artifacts, by digest, from one interleaved run, in milliseconds.
+
+    For each artifact a list a load, of a list a round, of the counted calls.
+    """
+
+    def make(target: Path) -> None:
+        with ExitStack() as stack:
+            workers = {
+                digest: stack.enter_context(_open(bench, folder))
+                for digest, folder in folders.items()
+            }
+            before = machine.pressure()
+            latencies = speed.compare(
+                workers,
+                loads(bench),
+                rounds=bench.target.rounds,
+                seconds=bench.target.seconds,
+                track=bench.track,
+            )
+        timed = {"latencies": latencies, "pressure": [before, machine.pressure()]}
+        (target / "timed.json").write_text(json.dumps(timed), encoding="utf-8")
+
+    key = _key(bench) | {"artifacts": list(folders), "inputs": bench.evidence}
+    entry = bench.store.get("timed", key, make)
+    latencies: dict[str, list[list[list[float]]]] = json.loads(
+        (entry.folder / "timed.json").read_text(encoding="utf-8")
+    )["latencies"]
+    return latencies
+
+
+def loads(bench: Bench) -> list[Arrays]:
+    """Return the inputs of every load: real inputs of the task, full to the last token."""
+    windows = [window.inputs for example in bench.examples for window in example.windows]
+    if "sequence" not in bench.task.axes:
+        return [_rows(windows, batch) for batch, _ in bench.target.loads]
+    tokens = np.concatenate([window["input_ids"] for window in windows])
+    return [_tokens(tokens, windows[0], batch, length) for batch, length in bench.target.loads]
+
+
+def _rows(windows: Sequence[Arrays], batch: int) -> Arrays:
+    chosen = [windows[at % len(windows)] for at in range(batch)]
+    return {name: np.stack([window[name] for window in chosen]) for name in chosen[0]}
+
+
+def _tokens(tokens: Any, window: Arrays, batch: int, length: int) -> Arrays:
+    """Return `batch` rows of `length` tokens of the task's texts, put one behind the other."""
+    inputs = {name: np.zeros((batch, length), np.int64) for name in window}
+    inputs["input_ids"] = np.resize(tokens, (batch, length))
+    inputs["attention_mask"] = np.ones((batch, length), np.int64)
+    return inputs
+
+
+def _open(bench: Bench, folder: Path) -> Worker:
+    target = bench.target
+    opener = OPENERS[target.runtime]
+    return Worker(opener, folder, device=target.device, threads=target.threads)
+
+
+def _key(bench: Bench) -> dict[str, Any]:
+    return {
+        "target": asdict(bench.target),
+        "machine": bench.machine.identity(),
+        "code": bench.code,
+    }

@@ -1,0 +1,351 @@
+"""What a user writes: one YAML file, checked once, here.
+
+A recipe names a model, a task with its data, a target, the steps in their order, and a budget. All
+its mistakes are reported together, each with its path in the file. What needs the model or the
+data is checked later, in run.py; an order of steps that cannot work is refused here.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from benchmarks.metrics import METRICS
+from benchmarks.tasks import TASKS
+from pipeline.criteria import CRITERIA
+from pipeline.quantization import METHODS
+
+ORIGINAL: Final = "original"
+"""The name of the untouched model's stage."""
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class RecipeError(ValueError):
+    """A recipe is wrong; the message lists every mistake, one a line."""
+
+
+def one_of(known: Iterable[str]) -> AfterValidator:
+    """Return a check that a name is known, with a suggestion when it is not."""
+    names = sorted(known)
+
+    def check(value: str) -> str:
+        if value in names:
+            return value
+        close = difflib.get_close_matches(value, names, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"found {value!r}, expected one of {names}{hint}")
+
+    return AfterValidator(check)
+
+
+class Strict(BaseModel):
+    """Unknown keys are mistakes, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Strict):
+    """The model to compress."""
+
+    source: str = Field(min_length=1)
+    """A folder, a hub id, or `builtin:minilm`."""
+    revision: str | None = None
+    """The hub revision; better a commit than a branch."""
+
+
+class Splits(Strict):
+    """A slice of the data for each purpose, as `datasets` writes it: `train[:2000]`."""
+
+    train: str | None = None
+    calibration: str | None = None
+    selection: str | None = None
+    gate: str
+
+
+class TaskSettings(Strict):
+    """What the model is for, and the data that show it."""
+
+    kind: Annotated[str, one_of(TASKS)]
+    data: str = Field(min_length=1)
+    """A file, a folder, a hub id, or `builtin:docstrings`."""
+    subset: str | None = None
+    """The configuration of a hub data set, such as `sst2` of `glue`."""
+    splits: Splits
+    columns: dict[str, str] = {}
+    """Role of the task -> column of the data, where they differ."""
+    labels: tuple[str, ...] | None = None
+    """The label names in the order of the model's ids, where the model does not know them."""
+    metric: Annotated[str, one_of(METRICS)] | None = None
+    """The task's own first metric unless given."""
+    max_length: int = Field(default=128, ge=8)
+    """Tokens of a window at most."""
+    overlap: Literal["error", "drop"] = "error"
+    """What to do with examples that two splits share."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        task = TASKS[self.kind]
+        for role in self.columns:
+            if role not in task.columns:
+                raise ValueError(
+                    f"columns: found role {role!r}, expected one of {sorted(task.columns)}"
+                )
+        if self.metric is not None and self.metric not in task.metrics:
+            raise ValueError(
+                f"metric: found {self.metric!r}, expected one of {list(task.metrics)}"
+                f" for {self.kind}"
+            )
+        return self
+
+
+class Load(Strict):
+    """A fixed input shape at which speed is measured."""
+
+    batch: int = Field(ge=1)
+    sequence: int = Field(default=128, ge=2)
+    """Tokens; not used for images."""
+
+
+class Target(Strict):
+    """Where the artifact will run, and how it is measured there."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
+    threads: int | None = Field(default=None, ge=1)
+    """All usable cores unless given."""
+    loads: tuple[Load, ...] = Field(default=(Load(batch=1), Load(batch=8)), min_length=1)
+    rounds: int = Field(default=30, ge=6)
+    """Turns of every artifact at every load; two calls a turn are counted."""
+    seconds: Positive = 60.0
+    """A load ends after this long, even with fewer rounds."""
+
+
+class Prune(Strict):
+    """Cut heads and neurons out of the model."""
+
+    step: Literal["prune"]
+    heads: Fraction = 0.0
+    """The share of all head units that goes."""
+    neurons: Fraction = 0.0
+    """The share of all FFN neurons that goes."""
+    criterion: Annotated[str, one_of(CRITERIA)] = "importance"
+    repair: Literal["least-squares", "none"] = "least-squares"
+
+    @model_validator(mode="after")
+    def _cuts(self) -> Self:
+        if not self.heads and not self.neurons:
+            raise ValueError("found neither `heads` nor `neurons`, expected a fraction for one")
+        return self
+
+
+class Finetune(Strict):
+    """Train the model; with a teacher, towards the teacher's outputs too."""
+
+    step: Literal["finetune"]
+    epochs: Positive = 1.0
+    learning_rate: Positive = 5e-5
+    batch_size: int = Field(default=32, ge=1)
+    warmup: Fraction = 0.1
+    """The share of the training in which the learning rate rises."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    freeze_embeddings: bool = False
+    """Leave the embedding tables as they are: less memory and time."""
+    teacher: str | None = None
+    """The stage whose outputs are imitated."""
+    temperature: Positive = 2.0
+    task_weight: float = Field(default=0.5, ge=0, le=1)
+    """The weight of the task's own loss beside the teacher's."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """The weight of the distance between the hidden states of student and teacher."""
+
+
+class Quantize(Strict):
+    """Store, and where the runtime can, compute in fewer bits."""
+
+    step: Literal["quantize"]
+    method: Annotated[str, one_of(METHODS)] = "int8-dynamic"
+    embeddings: bool = False
+    """Quantize the embedding tables too."""
+
+
+class Export(Strict):
+    """Write the artifact in the format that is deployed."""
+
+    step: Literal["export"]
+    format: Annotated[str, one_of(["onnx"])] = "onnx"
+
+
+Step = Annotated[Prune | Finetune | Quantize | Export, Field(discriminator="step")]
+
+
+class Budget(Strict):
+    """What the result must keep to, against the baseline; what is not given is not checked."""
+
+    max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The most the score may fall, absolute, for a metric where higher is better."""
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = None
+    """The most the perplexity may grow, as a ratio."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """How sure the accuracy check must be before it passes."""
+    min_speedup: Positive | None = None
+    """The least ratio of baseline latency to final latency, at every load."""
+    max_size: Positive | None = None
+    """The final size as a ratio to the baseline's."""
+    max_memory: Positive | None = None
+    """The final peak memory as a ratio to the baseline's."""
+
+
+class Recipe(Strict):
+    """One run of the pipeline."""
+
+    model: Model
+    task: TaskSettings
+    target: Target = Target()
+    steps: tuple[Step, ...] = Field(min_length=1)
+    baseline: str = ORIGINAL
+    """The stage that everything is compared with."""
+    budget: Budget
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _step_names(cls, steps: object) -> object:
+        known = ("prune", "finetune", "quantize", "export")
+        for index, step in enumerate(steps if isinstance(steps, list) else []):
+            if isinstance(step, dict) and isinstance(name := step.get("step"), str):
+                try:
+                    one_of(known).func(name)  # type: ignore[call-arg]
+                except ValueError as error:
+                    raise ValueError(f"{index}.step: {error}") from None
+        return steps
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        mistakes = list(_order_mistakes(self))
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The name of every step's stage: the step's, with a number from the second on."""
+        names: list[str] = []
+        for step in self.steps:
+            count = sum(name.partition("-")[0] == step.step for name in names) + 1
+            names.append(step.step if count == 1 else f"{step.step}-{count}")
+        return tuple(names)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Recipe":
+        """Return the recipe in the file at `path`.
+
+        Raises:
+            RecipeError: the file is missing, is not YAML, or is not a recipe.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError(f"{path}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read: {error}") from None
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(f"{path}: not YAML: {reason}") from None
+        if not isinstance(content, dict):
+            found = "an empty file" if content is None else type(content).__name__
+            raise RecipeError(f"{path}: found {found}, expected a mapping with the key `model`")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise RecipeError(explain(path, error)) from None
+
+
+def _order_mistakes(recipe: Recipe) -> Iterable[str]:
+    """Yield what cannot work in the order of the steps, with the way that works."""
+    names, splits = recipe.stage_names, recipe.task.splits
+    onnx_at: str | None = None
+    for index, (step, name) in enumerate(zip(recipe.steps, names, strict=True)):
+        where = f"steps.{index}"
+        if onnx_at and isinstance(step, Prune | Finetune):
+            yield f"{where}: {step.step} needs a torch model, found ONNX after {onnx_at}; move it before"
+        if isinstance(step, Quantize) and onnx_at and not onnx_at.startswith("export"):
+            yield f"{where}: quantize: the model is quantized already by {onnx_at}; keep one of them"
+        if isinstance(step, Quantize | Export):
+            onnx_at = name
+            if recipe.target.runtime == "torch":
+                yield f"{where}: {step.step} gives ONNX, expected target.runtime: onnxruntime"
+        if isinstance(step, Finetune):
+            if splits.train is None:
+                yield f"{where}: finetune needs examples to train on, expected task.splits.train"
+            stages = (ORIGINAL, *names[:index])
+            if step.teacher is not None and step.teacher not in stages:
+                yield f"{where}.teacher: found {step.teacher!r}, expected an earlier stage of {list(stages)}"
+        calibrated = isinstance(step, Prune) and (
+            step.criterion != "magnitude" or step.repair != "none"
+        )
+        if calibrated and splits.calibration is None:
+            yield f"{where}: prune needs examples to calibrate on, expected task.splits.calibration"
+    if recipe.baseline not in (ORIGINAL, *names[:-1]):
+        expected = [ORIGINAL, *names[:-1]]
+        yield f"baseline: found {recipe.baseline!r}, expected one of {expected}"
+    metric = METRICS[recipe.task.metric or TASKS[recipe.task.kind].metrics[0]]
+    if recipe.budget.max_drop is not None and not metric.higher_is_better:
+        yield "budget.max_drop: perplexity grows when it gets worse, expected max_perplexity_ratio"
+    if recipe.budget.max_perplexity_ratio is not None and metric.higher_is_better:
+        yield f"budget.max_perplexity_ratio: {recipe.task.kind} has no perplexity, expected max_drop"
+
+
+def explain(path: Path, error: ValidationError) -> str:
+    """Return every mistake on a line of its own, with its path in the file."""
+    lines: list[str] = []
+    for mistake in error.errors():
+        # The tag of a step says the same as its place: steps.0.prune.heads -> steps.0.heads
+        parts = [str(part) for part in mistake["loc"]]
+        if len(parts) > 2 and parts[0] == "steps":  # noqa: PLR2004
+            del parts[2]
+        where = ".".join(parts)
+        if mistake["type"] == "extra_forbidden":
+            text = f"unknown key{_suggest(parts)}"
+        else:
+            text = _plain(mistake)
+        for line in text.splitlines():
+            lines.append(f"  {where}: {line}" if where else f"  {line}")
+    count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
+    return "\n".join([f"{path}: {count}", *lines])
+
+
+def _plain(mistake: Any) -> str:
+    text = str(mistake["msg"]).removeprefix("Value error, ")
+    if mistake["type"] in {"value_error", "missing"}:
+        return text
+    return f"{text}, found {mistake['input']!r}"
+
+
+def _suggest(parts: list[str]) -> str:
+    """Return the known key closest to an unknown one."""
+    kinds: dict[str, list[type[BaseModel]]] = {
+        "": [Recipe],
+        "model": [Model],
+        "task": [TaskSettings, Splits],
+        "target": [Target, Load],
+        "steps": [Prune, Finetune, Quantize, Export],
+        "budget": [Budget],
+    }
+    parent = parts[0] if len(parts) > 1 else ""
+    known = [key for kind in kinds.get(parent, []) for key in kind.model_fields]
+    close = difflib.get_close_matches(parts[-1], known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f", expected one of {sorted(known)}"

@@ -1,0 +1,169 @@
+"""What a run returns: the stages with what was measured of each, and the verdict.
+
+The dataclasses are the schema of report.json: units in names, fractions never per cent, None where
+a number is not known. page.py makes the HTML page of the same JSON.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, Literal
+
+SCHEMA: Final = 1
+
+Outcome = Literal["pass", "fail", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The task's metric over the gate split."""
+
+    metric: str
+    value: float
+    examples: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """Speed at one input shape.
+
+    `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's,
+    each with `value`, `low` and `high` at 95 %.
+    """
+
+    batch: int
+    sequence: int | None
+    latency_ms: Mapping[str, float | int | None]
+    first_call_ms: float
+    throughput_per_s: float
+    speedup: Mapping[str, float]
+    gain: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One artifact and what was measured of it.
+
+    `seconds` is what the step took when it was done; `format` the artifact's, `runtime` what it was
+    measured in; `kept_heads` the heads that are left, by layer, in the unpruned model's numbers.
+    `gain_note` says what the step gained over the stage before, or that it did not pay.
+    """
+
+    name: str
+    step: Mapping[str, Any] | None
+    format: str
+    runtime: str
+    folder: str
+    seconds: float
+    parameters: int
+    size_bytes: int
+    score: Score
+    fidelity: Mapping[str, float | int | None]
+    loads: tuple[Load, ...]
+    memory: Mapping[str, int | None]
+    load_seconds: float
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+    kept_heads: tuple[tuple[int, ...], ...]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    gain_note: str = ""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the budget: what is allowed, what was found, and what follows."""
+
+    what: str
+    allowed: float
+    estimate: float
+    low: float
+    high: float
+    outcome: Outcome
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of all checks: fail if one fails, pass if all pass."""
+
+    outcome: Outcome
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A whole run. `baseline` is the name of the stage that the others are compared with."""
+
+    recipe: Mapping[str, Any]
+    machine: Mapping[str, Any]
+    data: Mapping[str, Any]
+    baseline: str
+    stages: tuple[Stage, ...]
+    verdict: Verdict
+    artifact: str
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """Return report.json."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False)
+
+
+def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the stage table, for the terminal and for Markdown.
+
+    `report` is the JSON of a report.
+    """
+    metric = report["stages"][0]["score"]["metric"]
+    loads = report["stages"][0]["loads"]
+    header = ["stage", metric, "flips", *(f"speedup {shape(load)}" for load in loads)]
+    header += [*(f"p50 ms {shape(load)}" for load in loads), "size MB", "parameters", "peak MB"]
+    rows = []
+    for stage in report["stages"]:
+        flips = stage["fidelity"]["flips"]
+        speedups = [load["speedup"] for load in stage["loads"]]
+        rows.append(
+            [
+                stage["name"],
+                f"{stage['score']['value']:.4g}",
+                "-" if flips is None else str(flips),
+                *(f"{s['value']:.2f} ({s['low']:.2f}-{s['high']:.2f})" for s in speedups),
+                *(f"{load['latency_ms']['p50']:.1f}" for load in stage["loads"]),
+                f"{stage['size_bytes'] / 1e6:.1f}",
+                f"{stage['parameters'] / 1e6:.2f} M",
+                f"{stage['memory']['peak_rss_bytes'] / 1e6:.0f}",
+            ]
+        )
+    return header, rows
+
+
+def shape(load: Mapping[str, Any]) -> str:
+    """Return a load's name: 8x128, or its batch alone for images."""
+    return f"{load['batch']}x{load['sequence']}" if load["sequence"] else f"{load['batch']}"
+
+
+def check_line(check: Mapping[str, Any]) -> str:
+    """Return one check in words."""
+    bounds = f"{check['estimate']:.4g} ({check['low']:.4g} to {check['high']:.4g})"
+    note = f"; {check['note']}" if check["note"] else ""
+    return f"{check['what']}: {bounds}, allowed {check['allowed']:g}: {check['outcome']}{note}"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return report.md, fit for a pull request."""
+    header, rows = table(report)
+    lines = [f"# secateur: {report['verdict']['outcome']}", ""]
+    lines += [f"- {check_line(check)}" for check in report["verdict"]["checks"]]
+    lines += ["", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += ["", f"Compared with the stage `{report['baseline']}`."]
+    lines += [
+        f"- {stage['name']}: {stage['gain_note']}" for stage in report["stages"] if stage["gain_note"]
+    ]
+    machine, target = report["machine"], report["recipe"]["target"]
+    lines += [
+        "",
+        f"{machine['cpu']}, {target['threads']} of {machine['cores']} cores, {target['runtime']}"
+        f" on {target['device']}; {report['data']['examples']['gate']} examples in the gate split.",
+        "",
+    ]
+    return "\n".join(lines)

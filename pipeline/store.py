@@ -1,0 +1,162 @@
+"""A stage's folder: there as a whole, verified, or not there at all.
+
+An entry is named by the hash of everything that it depends on. It is made in a temporary folder,
+synced to the disk, given a manifest with the sha256 of every file, and renamed into its place, so
+that whatever a kill leaves behind is never taken for a result. A lock per entry lets several
+processes share a store; the kernel drops it when its holder dies. An entry is verified whenever it
+is read; a bad one is set aside and made again. Plain files only, no links.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+MANIFEST: Final = "manifest.json"
+_HIDDEN: Final = ".store"
+"""Locks, unfinished and set-aside entries lie here, beside the entries."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A verified folder. `digest` is the hash of its content, `reused` whether it was there."""
+
+    folder: Path
+    digest: str
+    reused: bool
+
+
+class Store:
+    """A folder of entries."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        for name in ("locks", "unfinished", "bad"):
+            (root / _HIDDEN / name).mkdir(parents=True, exist_ok=True)
+
+    def get(
+        self, name: str, key: Mapping[str, Any], make: Callable[[Path], None], *, fresh: bool = False
+    ) -> Entry:
+        """Return the entry for `key`, made by `make(folder)` unless it is there already.
+
+        Args:
+            name: what the folder's name begins with, for people.
+            key: everything the entry depends on, as JSON.
+            make: writes the entry's files into an empty folder.
+            fresh: make it again even if it is there.
+        """
+        entry = f"{name}-{fingerprint(key)[:16]}"
+        folder = self._root / entry
+        with self._lock(entry):
+            if not fresh and (digest := verify(folder)):
+                return Entry(folder, digest, reused=True)
+            unfinished = self._root / _HIDDEN / "unfinished" / entry
+            shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's: we hold the lock
+            unfinished.mkdir()
+            try:
+                make(unfinished)
+                digest = seal(unfinished, key)
+                if folder.exists():
+                    bad = self._root / _HIDDEN / "bad" / f"{entry}-{uuid.uuid4().hex[:8]}"
+                    folder.rename(bad)
+                unfinished.rename(folder)
+                _sync(self._root)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+        return Entry(folder, digest, reused=False)
+
+    @contextmanager
+    def _lock(self, entry: str) -> Iterator[None]:
+        with (self._root / _HIDDEN / "locks" / entry).open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+
+def fingerprint(value: object) -> str:
+    """Return the sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def content(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of every file below `folder` but its manifest."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": file_hash(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+
+
+def seal(folder: Path, about: Mapping[str, Any]) -> str:
+    """Write the manifest of a finished folder, sync all of it to the disk, return its digest."""
+    files = content(folder)
+    text = json.dumps({"files": files, "about": dict(about)}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+    return fingerprint(files)
+
+
+def verify(folder: Path) -> str | None:
+    """Return the digest of a folder whose files are those of its manifest, else None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        recorded = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if any(path.is_symlink() for path in folder.rglob("*")) or content(folder) != recorded:
+        return None
+    return fingerprint(recorded)
+
+
+def publish(source: Callable[[Path], None], folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a folder with a manifest where a user looks for it, as a whole or not at all."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    before = folder.with_name(f".{folder.name}.before")
+    for leftover in (unfinished, before):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        source(unfinished)
+        seal(unfinished, about)
+        if folder.exists():
+            folder.rename(before)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        _sync(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,206 @@
+"""Cutting is exact, recorded, and refuses what cannot be."""
+
+import pytest
+import torch
+from conftest import batch, tiny
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline import (
+    architectures,
+    from_pretrained,
+    prune_heads,
+    prune_layers,
+    prune_neurons,
+    save_pretrained,
+    units,
+)
+from pipeline.pruning import choose, choose_and_cut
+
+HEADS = {0: [1], 1: [0, 2], 2: [0, 1, 3]}
+NEURONS = {0: [5], 1: [*range(10, 30)], 2: [*range(47)]}
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch()).logits
+
+
+def mask(model: PreTrainedModel, kind: str, removed: dict[int, list[int]]) -> None:
+    """Zero the readers' columns of units: what a cut must be equal to."""
+    for group in architectures.groups(model):
+        if group.kind == kind and group.layer in removed:
+            weight = group.reader.weight if isinstance(group.reader, nn.Linear) else group.reader.weight.T
+            width = weight.shape[1] // group.of
+            for unit in removed[group.layer]:
+                weight.data[:, unit * width : (unit + 1) * width] = 0
+
+
+def test_units_counts_heads_and_neurons_in_module_order(family):
+    found = units(tiny(family))
+    assert list(found.heads.values()) == [4, 4, 4]
+    assert list(found.neurons.values()) == [48, 48, 48]
+    modules = [name for name, _ in tiny(family).named_modules()]
+    for paths in (found.heads, found.neurons):
+        places = [modules.index(path) for path in paths]
+        assert places == sorted(places)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_cut_equals_masked(family, attention):
+    cut = tiny(family, attn_implementation=attention)
+    masked = tiny(family, attn_implementation=attention)
+    whole = logits(cut)
+    mask(masked, "heads", HEADS)
+    mask(masked, "neurons", NEURONS)
+    prune_heads(cut, HEADS)
+    prune_neurons(cut, NEURONS)
+    assert list(units(cut).heads.values()) == [3, 2, 1]
+    assert list(units(cut).neurons.values()) == [47, 28, 1]
+    torch.testing.assert_close(logits(cut), logits(masked), atol=1e-5, rtol=1e-5)
+    assert (logits(cut) - whole).abs().max() > 0.1
+
+
+def test_cutting_nothing_changes_nothing(family):
+    model = tiny(family)
+    before = logits(model)
+    prune_heads(model, {})
+    prune_neurons(model, {0: []})
+    assert torch.equal(logits(model), before)
+
+
+def test_parameters_are_those_counted_by_hand():
+    model = tiny("bert")
+    before = model.num_parameters()
+    prune_heads(model, {0: [0, 3], "bert.encoder.layer.2.attention": [1]})
+    prune_neurons(model, {1: [0, 1, 2]})
+    # A head: 8 rows of q, k, v with biases, 8 columns of the output. A neuron: 32 + 1 + 32.
+    assert before - model.num_parameters() == 3 * (3 * 8 * 33 + 8 * 32) + 3 * 65
+
+
+def test_cutting_twice_is_cutting_the_union(family):
+    once, twice = tiny(family), tiny(family)
+    prune_heads(once, {1: [0, 2], 2: [3]})
+    prune_neurons(once, {1: [4, 7, 9]})
+    prune_heads(twice, {1: [0]})
+    prune_neurons(twice, {1: [4, 9]})
+    prune_heads(twice, {1: [0, 2], 2: [3]})
+    prune_neurons(twice, {1: [7]})
+    assert torch.equal(logits(once), logits(twice))
+    assert once.config.pruning == twice.config.pruning
+
+
+def test_saved_and_loaded_is_the_same_and_can_be_cut_again(family, tmp_path):
+    model, expected = tiny(family), tiny(family)
+    prune_heads(model, {0: [1], 1: [0, 2]})
+    prune_neurons(model, {2: [*range(13)]})
+    prune_layers(model, [1])
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.config.pruning == model.config.pruning
+    prune_heads(loaded, {0: [2], 2: [0]})
+    prune_heads(expected, {0: [1, 2], 2: [0]})
+    prune_neurons(expected, {2: [*range(13)]})
+    prune_layers(expected, [1])
+    assert torch.equal(logits(loaded), logits(expected))
+    loaded(**batch()).logits.sum().backward()
+    assert all(
+        parameter.grad is not None
+        for name, parameter in loaded.named_parameters()
+        if "pooler" not in name or "pooler" in name
+    )
+
+
+def test_the_stock_class_refuses_a_pruned_folder(family, tmp_path):
+    model = tiny(family)
+    prune_heads(model, {0: [1]})
+    save_pretrained(model, tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_model_without_layers_loads_in_the_stock_class(tmp_path):
+    model = tiny("llama")
+    prune_layers(model, [0])
+    save_pretrained(model, tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
+
+
+def test_generation_with_a_cache_equals_without():
+    model = tiny("llama")
+    prune_heads(model, {0: [1], 1: [0, 2]})
+    prune_layers(model, [1])
+    ids = batch()["input_ids"][:1]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with_cache = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(with_cache, model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        ({7: [0]}, r"heads: found 7, expected one of \[0, 1, 2\]"),
+        ({"encoder": [0]}, "heads: found 'encoder', expected one of"),
+        ({0: [9]}, r"attention: found heads \[9\], expected numbers below 4"),
+        ({1: [0], 0: [0, 1, 2, 3]}, "layer.0.attention: found all heads"),
+    ],
+)
+def test_wrong_cuts_are_refused_and_cut_nothing(cuts, message):
+    model = tiny("bert")
+    before = model.num_parameters()
+    with pytest.raises(ValueError, match=message):
+        prune_heads(model, cuts)
+    assert model.num_parameters() == before
+
+
+def test_wrong_layers_are_refused():
+    model = tiny("bert")
+    with pytest.raises(ValueError, match=r"layers: found \[3\], expected numbers below 3"):
+        prune_layers(model, [3])
+    with pytest.raises(ValueError, match="layers: found all of them"):
+        prune_layers(model, [0, 1, 2])
+
+
+def test_an_unknown_family_is_refused_by_name():
+    model = tiny("bert")
+    model.config.model_type = "perceiver"
+    with pytest.raises(ValueError, match="BertForSequenceClassification: found the family 'perceiver'"):
+        units(model)
+
+
+def test_choose_takes_the_lowest_but_leaves_one_in_each():
+    chosen = choose({"a": torch.tensor([0.1, 0.2, 0.3]), "b": torch.tensor([0.4, 9.0, 8.0])}, 0.5)
+    assert {path: sorted(places.tolist()) for path, places in chosen.items()} == {
+        "a": [0, 1],
+        "b": [0],
+    }
+
+
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+@pytest.mark.parametrize("criterion", ["magnitude", "importance"])
+def test_a_head_that_gives_nothing_goes_first(family, criterion, repair):
+    model = tiny(family)
+    dead = {0: [2], 1: [0]}
+    for group in architectures.groups(model):
+        if group.kind == "heads" and group.layer in dead:
+            for unit in dead[group.layer]:
+                for matrix in group.inputs:
+                    linear = group.module.get_submodule(matrix.path)
+                    weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+                    blocks = weight.data.view(matrix.blocks, group.of, -1, weight.shape[1])
+                    blocks[:, unit] *= 1e-3
+    mask(model, "heads", dead)
+    before = logits(model)
+    labels = {"labels": batch()["input_ids"]} if family in {"gpt2", "llama"} else {"labels": torch.tensor([0, 1])}
+    choice = choose_and_cut(
+        model,
+        {"heads": 2 / 12},
+        criterion=criterion,
+        repair=repair,
+        data=lambda: iter([{**batch(), **labels}] * 5),
+        total=5,
+    )
+    removed = {path: numbers for path, numbers in choice.removed.items() if numbers}
+    assert list(removed.values()) == [[2], [0]]
+    torch.testing.assert_close(logits(model), before, atol=1e-3, rtol=1e-3)
