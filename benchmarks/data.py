@@ -68,9 +68,7 @@ def load(
 def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
     path = Path(source).expanduser()
     if source in BUILTIN:
-        return {
-            name: datasets.Dataset.from_list(rows) for name, rows in BUILTIN[source]().items()
-        }
+        return {name: datasets.Dataset.from_list(rows) for name, rows in BUILTIN[source]().items()}
     if source.startswith("builtin:"):
         raise DataError(f"{source}: no such built-in data, expected one of {sorted(BUILTIN)}")
     try:
@@ -170,9 +168,9 @@ def _separate(rows: Splits, overlap: Literal["error", "drop"]) -> None:
         if shared and overlap == "error":
             other = taken[shared[0]["id"]]
             raise DataError(
-                f"task.splits: {name} and {other} share {len(shared)} of {len(rows[name])} examples,"
-                f" expected none; choose other slices, or set `overlap: drop` under task to take"
-                f" them out of {name}"
+                f"task.splits: {name} and {other} share {len(shared)} of {len(rows[name])}"
+                " examples, expected none; choose other slices, or set `overlap: drop` under task"
+                f" to take them out of {name}"
             )
         rows[name] = [row for row in rows[name] if row["id"] not in taken]
         taken.update((row["id"], name) for row in rows[name])

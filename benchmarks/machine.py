@@ -89,8 +89,10 @@ def usable_cores() -> int:
 
 
 def pressure() -> dict[str, float | None]:
-    """Return the load average of the last minute, and the share of time that tasks waited for a
-    core in the last ten seconds (in [0, 1]; None where the kernel does not say).
+    """Return how busy the machine is.
+
+    The load average of the last minute, and the share of the last ten seconds in which tasks waited
+    for a core, in [0, 1]; None where the kernel does not say.
 
     https://docs.kernel.org/accounting/psi.html
     """

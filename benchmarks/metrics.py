@@ -44,7 +44,7 @@ def accuracy(columns: Columns) -> Floats:
 
 
 def exact_match(columns: Columns) -> Floats:
-    """Return 1 where the normalised answer equals a reference `(N,)`. SQuAD 1.1, arXiv 1606.05250."""
+    """Return 1 where the normalised answer equals a reference `(N,)`. arXiv 1606.05250."""
     return np.asarray(columns["exact_match"], np.float64)
 
 

@@ -100,7 +100,9 @@ def ratio(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[floa
         ValueError: the two did not take turns in the same rounds.
     """
     if len(baseline) != len(candidate) or not baseline:
-        raise ValueError(f"ratio: found {len(baseline)} and {len(candidate)} rounds, expected equal")
+        raise ValueError(
+            f"ratio: found {len(baseline)} and {len(candidate)} rounds, expected equal"
+        )
     ratios = np.mean(baseline, axis=1) / np.mean(candidate, axis=1)
     interval = quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
     return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))

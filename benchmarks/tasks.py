@@ -189,7 +189,7 @@ def _judge_tags(example: Example, outputs: Sequence[Arrays]) -> Judgement:
     names, tags = example.reference["names"], example.reference["tags"]
     # Words behind the truncation were not seen: they count as outside.
     seen = [names[tag] for tag in decisions] + ["O"] * (len(tags) - len(decisions))
-    found, expected = set(get_entities(seen)), set(get_entities([names[tag] for tag in tags]))
+    found, expected = (set(get_entities(seen)), set(get_entities([names[tag] for tag in tags])))
     return Judgement(
         {
             "true_positives": len(found & expected),

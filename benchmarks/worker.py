@@ -45,7 +45,8 @@ class Worker:
 
     def __init__(self, opener: str, folder: Path, *, device: str, threads: int) -> None:
         self._name = f"{folder} ({opener.partition(':')[0]}, {device})"
-        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        # Closed in `close`: the process writes to it as long as it lives.
+        self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         # Libraries that count the cores themselves must see the same number of threads, and threads
         # that wait must not take a core from the artifact whose turn it is.
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
@@ -69,7 +70,10 @@ class Worker:
     def predict(self, inputs: Arrays, *, reduction: str = "none") -> Arrays:
         """Return the outputs for one batch, reduced as `REDUCTIONS` says."""
         with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
-            source, target = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
+            source, target = (
+                Path(folder, "inputs.safetensors"),
+                Path(folder, "outputs.safetensors"),
+            )
             save_file(dict(inputs), source)
             self._ask({"do": "predict", "from": str(source), "to": str(target), "as": reduction})
             return load_file(target)
@@ -107,7 +111,10 @@ class Worker:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         """End the process."""
         self.close()

@@ -60,12 +60,7 @@ def runtime() -> ModuleType:
 
 
 def export(
-    model: Any,
-    samples: Sequence[Arrays],
-    *,
-    axes: Sequence[str],
-    path: Path,
-    fuse_for: str | None,
+    model: Any, samples: Sequence[Arrays], *, axes: Sequence[str], path: Path, fuse_for: str | None
 ) -> float:
     """Write the model to `path` and return its largest relative difference to torch.
 
@@ -88,9 +83,7 @@ def export(
     traced = {name: torch.from_numpy(np.asarray(array)) for name, array in samples[0].items()}
     longest = getattr(model.config, "max_position_embeddings", None) or 1 << 20
     limits = {"batch": (1, 1 << 20), "sequence": (2, longest)}
-    dimensions = [
-        torch.export.Dim(axis, min=limits[axis][0], max=limits[axis][1]) for axis in axes
-    ]
+    dimensions = [torch.export.Dim(axis, min=limits[axis][0], max=limits[axis][1]) for axis in axes]
     shapes = {name: dict(enumerate(dimensions)) for name in traced}
     options = OnnxConfig(
         dynamic=True,

@@ -21,9 +21,7 @@ from benchmarks.tasks import Example, collate
 Batch = dict[str, Tensor]
 
 
-def batches(
-    examples: Sequence[Example], padding: Mapping[str, int], size: int
-) -> Iterator[Batch]:
+def batches(examples: Sequence[Example], padding: Mapping[str, int], size: int) -> Iterator[Batch]:
     """Yield inputs and labels of every window of the examples, `size` at a time."""
     windows = [{**w.inputs, **w.labels} for example in examples for w in example.windows]
     for start in range(0, len(windows), size):
@@ -81,7 +79,9 @@ def mask_gradients(
             # that of its own loss.
             loss = model(**batch).loss * size
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"scoring: found the loss {loss.item()}, expected a number")
+                raise FloatingPointError(
+                    f"scoring: found the loss {loss.item()}, expected a number"
+                )
             gradients = torch.autograd.grad(loss, list(seen.values()))
             for (name, states), gradient in zip(seen.items(), gradients, strict=True):
                 products = (states.detach() * gradient).reshape(size, -1, states.shape[-1]).sum(1)

@@ -123,9 +123,11 @@ def model_class(
         names = config.architectures or []
         kind = getattr(transformers, names[0], None) if names else None
         if kind is None:
-            raise ModelError(f"{source}: found architectures {names}, expected a transformers class")
+            raise ModelError(
+                f"{source}: found architectures {names}, expected a transformers class"
+            )
         return kind
-    mapping = getattr(transformers, auto_class)._model_mapping
+    mapping = getattr(transformers, auto_class)._model_mapping  # noqa: SLF001 - no public way
     if type(config) not in mapping:
         raise ModelError(
             f"{source}: found a {config.model_type} model, which has no {auto_class};"
@@ -138,7 +140,9 @@ def model_class(
 def _pruned(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a subclass that cuts itself, as it is built, to what its config says is left."""
 
-    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(  # noqa: N807 - it becomes the class's
+        self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any
+    ) -> None:
         cut: Mapping[str, Any] | None = getattr(config, "pruning", None)
         if cut:
             config.pruning = None

@@ -1,8 +1,8 @@
 """The command line: arguments, what is shown, and the exit code. Nothing else prints.
 
-    0 within the budget    1 a budget is violated    2 the recipe, model, data or arguments are wrong
-    3 inconclusive         4 the target or a dependency is not available here
-    5 a stage failed       130 interrupted
+0 within the budget    1 a budget is violated    2 the recipe, model, data or arguments are wrong
+3 inconclusive         4 the target or a dependency is not available here
+5 a stage failed       130 interrupted
 """
 
 import argparse
@@ -80,24 +80,37 @@ def _guarded(command: Callable[[argparse.Namespace], int], options: argparse.Nam
     from pipeline.quantization import QuantizationError
     from pipeline.recipe import RecipeError
 
+    codes: dict[int, tuple[type[Exception], ...]] = {
+        WRONG: (RecipeError, DataError, ModelError, EvidenceError),
+        UNAVAILABLE: (Unavailable, MissingDependency),
+        FAILED: (
+            WorkerError,
+            TrainingError,
+            ExportError,
+            QuantizationError,
+            FloatingPointError,
+            MemoryError,
+        ),
+    }
     try:
         return command(options)
-    except (RecipeError, DataError, ModelError, EvidenceError) as error:
-        return _say(WRONG, error)
-    except (Unavailable, MissingDependency) as error:
-        return _say(UNAVAILABLE, error)
-    except (WorkerError, TrainingError, ExportError, QuantizationError, FloatingPointError) as error:
-        return _say(FAILED, error)
-    except MemoryError:
-        return _say(FAILED, "out of memory; choose a smaller batch or model")
+    except tuple(kind for kinds in codes.values() for kind in kinds) as error:
+        code = next(code for code, kinds in codes.items() if isinstance(error, kinds))
+        return _say(code, str(error) or "out of memory; choose a smaller batch or model")
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            return _say(FAILED, f"{error.filename or 'output'}: no space left; free some, and run again")
-        if error.errno in {errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
-            return _say(WRONG, f"{error.filename}: cannot be written: {error.strerror}")
-        raise
+        return _say(*_disk(error))
     except KeyboardInterrupt:
         return _say(INTERRUPTED, "interrupted; run the same command again to go on")
+
+
+def _disk(error: OSError) -> tuple[int, str]:
+    """Return code and message for a file that cannot be written or read; raise any other error."""
+    where = error.filename or "output"
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return FAILED, f"{where}: no space left; free some, and run the same command again"
+    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+        return WRONG, f"{where}: cannot be written or read: {error.strerror}"
+    raise error
 
 
 def _say(code: int, message: object) -> int:
@@ -120,7 +133,7 @@ def _show(text: str, options: argparse.Namespace) -> None:
     from pipeline.report import check_line, table
 
     report = json.loads(text)
-    header, rows = table(report)
+    header, rows = table(report, intervals=False)
     shown = Table(*header[:1], box=None, pad_edge=False, header_style="bold")
     for name in header[1:]:
         shown.add_column(name, justify="right")
@@ -155,12 +168,17 @@ def _check(options: argparse.Namespace) -> int:
             code = _say(WRONG, error)
             continue
         target = recipe.target
-        out.print(f"{escape(str(path))}: {escape(recipe.model.source)}, {recipe.task.kind}", soft_wrap=True)
+        out.print(
+            f"{escape(str(path))}: {escape(recipe.model.source)}, {recipe.task.kind}",
+            soft_wrap=True,
+        )
         for name, step in zip(recipe.stage_names, recipe.steps, strict=True):
             fields = step.model_dump(exclude={"step"}, exclude_none=True)
             settings = ", ".join(f"{key} {value}" for key, value in fields.items())
             out.print(f"  {name}: {escape(settings)}", soft_wrap=True)
-        out.print(f"  target: {target.runtime} on {target.device}; baseline: {escape(recipe.baseline)}")
+        out.print(
+            f"  target: {target.runtime} on {target.device}; baseline: {escape(recipe.baseline)}"
+        )
         try:
             _check_target(recipe)
         except (MissingDependency, RuntimeError) as error:

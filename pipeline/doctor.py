@@ -49,7 +49,12 @@ def examine() -> list[Finding]:
     if both:
         remedy = "pip uninstall both, then install the extra `cpu` or `gpu`"
         findings.append(
-            Finding("one ONNX Runtime", here=False, found="both wheels, one over the other", remedy=remedy)
+            Finding(
+                "one ONNX Runtime",
+                here=False,
+                found="both wheels, one over the other",
+                remedy=remedy,
+            )
         )
     return findings
 
@@ -61,7 +66,9 @@ def _onnxruntime() -> Finding:
         return Finding("ONNX Runtime", here=False, found="not installed", remedy=str(error))
     # What a wheel lists is what it was built with, not what works here.
     providers = ", ".join(runtime.get_available_providers())
-    return Finding("ONNX Runtime", here=True, found=f"{runtime.__version__}, built with {providers}")
+    return Finding(
+        "ONNX Runtime", here=True, found=f"{runtime.__version__}, built with {providers}"
+    )
 
 
 def _package(module: str, extra: str, purpose: str) -> Finding:

@@ -86,7 +86,7 @@ def finetune(
     frozen = list(model.get_input_embeddings().parameters()) if freeze_embeddings else []
     frozen = [parameter for parameter in frozen if parameter.requires_grad]
     for parameter in frozen:
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(requires_grad=False)
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -121,12 +121,14 @@ def finetune(
         trainer.add_callback(_Watch(track))
         result = trainer.train()
     for parameter in frozen:
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(requires_grad=True)
     model.eval()
     return float(result.training_loss)
 
 
-def distillation(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+def distillation(
+    student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None
+) -> Tensor:
     """Return T^2 KL(teacher / T || student / T), averaged over positions `()`.
 
     `student` and `teacher` are logits `(..., C)`; `mask` `(...)` says which positions count.

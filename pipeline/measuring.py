@@ -5,7 +5,6 @@ beside all the others, for speed. What was measured is an entry of the store lik
 by the artifact's content, the data, the target and the machine, so that nothing is measured twice.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -65,40 +64,47 @@ class Alone:
     load_seconds: float
     import_floor_bytes: int
     peak_rss_bytes: int
-    first_call_ms: tuple[float, ...]
+    first_call_ms: list[float]
 
 
 def alone(bench: Bench, folder: Path, digest: str) -> Alone:
     """Return accuracy, memory and first calls of the artifact in `folder`."""
 
-    def make(target: Path) -> None:
+    def make(target: Path) -> dict[str, Any]:
         with _open(bench, folder) as worker:
             first = [speed.first_call_ms(worker, load) for load in loads(bench)]
             # Before the evaluation, whose batches are not the target's loads.
             peak = worker.peak_rss_bytes()
             outcomes = evaluate(worker, bench.task, bench.examples, bench.padding, bench.track)
             outcomes.save(target / "outcomes.safetensors")
-            measured = {
+            return {
                 "load_seconds": worker.load_seconds,
                 "import_floor_bytes": worker.import_floor_bytes,
                 "peak_rss_bytes": peak,
                 "first_call_ms": first,
             }
-            (target / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
 
     key = _key(bench) | {"artifact": digest, "evidence": bench.evidence}
     entry = bench.store.get("measured", key, make)
-    measured = json.loads((entry.folder / "measured.json").read_text(encoding="utf-8"))
-    return Alone(outcomes=Outcomes.load(entry.folder / "outcomes.safetensors"), **measured)
+    return Alone(outcomes=Outcomes.load(entry.folder / "outcomes.safetensors"), **entry.about)
 
 
-def together(bench: Bench, folders: Mapping[str, Path]) -> dict[str, list[list[list[float]]]]:
-    """Return latencies of all artifacts, by digest, from one interleaved run, in milliseconds.
+Latencies = Mapping[str, list[list[list[float]]]]
+"""Milliseconds: digest of an artifact -> load -> round -> counted calls."""
 
-    For each artifact a list a load, of a list a round, of the counted calls.
-    """
 
-    def make(target: Path) -> None:
+@dataclass(frozen=True)
+class Together:
+    """Latencies of all artifacts, and how busy the machine was before and after."""
+
+    latencies: Latencies
+    pressure: list[dict[str, float | None]]
+
+
+def together(bench: Bench, folders: Mapping[str, Path]) -> Together:
+    """Return the latencies of all artifacts, by digest, from one interleaved run."""
+
+    def make(_: Path) -> dict[str, Any]:
         with ExitStack() as stack:
             workers = {
                 digest: stack.enter_context(_open(bench, folder))
@@ -112,15 +118,10 @@ def together(bench: Bench, folders: Mapping[str, Path]) -> dict[str, list[list[l
                 seconds=bench.target.seconds,
                 track=bench.track,
             )
-        timed = {"latencies": latencies, "pressure": [before, machine.pressure()]}
-        (target / "timed.json").write_text(json.dumps(timed), encoding="utf-8")
+        return {"latencies": latencies, "pressure": [before, machine.pressure()]}
 
     key = _key(bench) | {"artifacts": list(folders), "inputs": bench.evidence}
-    entry = bench.store.get("timed", key, make)
-    latencies: dict[str, list[list[list[float]]]] = json.loads(
-        (entry.folder / "timed.json").read_text(encoding="utf-8")
-    )["latencies"]
-    return latencies
+    return Together(**bench.store.get("timed", key, make).about)
 
 
 def loads(bench: Bench) -> list[Arrays]:
@@ -152,8 +153,4 @@ def _open(bench: Bench, folder: Path) -> Worker:
 
 
 def _key(bench: Bench) -> dict[str, Any]:
-    return {
-        "target": asdict(bench.target),
-        "machine": bench.machine.identity(),
-        "code": bench.code,
-    }
+    return {"target": asdict(bench.target), "machine": bench.machine.identity(), "code": bench.code}

@@ -1,15 +1,16 @@
-"""The plots of report.html: functions from numbers to SVG elements that lie in the page.
+"""The plots of report.html, as SVG elements that lie in the page.
 
-matplotlib draws, with its own state untouched. The idea is that one drawing serves the light and
-the dark page: each colour is a placeholder that becomes a CSS variable, the ground is transparent,
-and text stays text, in the page's font. Ids get the plot's name in front, so that many drawings can
-share a page. Nothing here knows what a report is.
+matplotlib draws, and its global state is as before afterwards. The idea is that one drawing serves
+the light and the dark page: each colour is a placeholder that becomes a CSS variable, the ground is
+transparent, and text stays text, in the page's font. Ids get the plot's name in front, so that many
+drawings can share a page.
 """
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Final
 from xml.etree import ElementTree as ET
 
 from matplotlib import style
@@ -17,7 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from pipeline.report import shape
+
+Json = Mapping[str, Any]
 Point = tuple[float, float]
+Plot = tuple[str, str, ET.Element]
+"""Title, caption and drawing."""
 
 INK, MUTED, LINE = "#000001", "#000002", "#000003"
 ACCENT, SECOND, GOOD, BAD = "#000004", "#000005", "#000006", "#000007"
@@ -38,6 +44,7 @@ LOOK: Final = {
     "svg.fonttype": "none",
     "svg.hashsalt": "secateur",  # the same ids in every run
     "text.parse_math": False,  # a stage may be called $x$
+    "font.sans-serif": ["DejaVu Sans"],  # it comes with matplotlib, and is wider than the page's
     "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": LINE,
@@ -57,6 +64,88 @@ LOOK: Final = {
 }
 SERIES: Final = ((ACCENT, "o"), (SECOND, "s"), (INK, "D"), (MUTED, "^"))
 """Colour and marker of each series; the marker tells them apart without colour."""
+
+
+def draw(report: Json) -> Iterable[Plot]:
+    """Yield all plots of a report."""
+    for index, load in enumerate(report["stages"][0]["loads"]):
+        yield draw_trade_off(report, index, load)
+    yield draw_changes(report["stages"])
+    yield draw_gains(report["stages"])
+    yield from draw_amounts(report["stages"])
+
+
+def baseline(report: Json) -> Json:
+    """Return the stage that the others are compared with."""
+    found: Json = next(stage for stage in report["stages"] if stage["name"] == report["baseline"])
+    return found
+
+
+def spent(report: Json) -> float | None:
+    """Return the score at which the budget is spent, if there is a budget for it."""
+    allowed, value = report["recipe"]["budget"], baseline(report)["score"]["value"]
+    if allowed.get("max_drop") is not None:
+        return float(value - allowed["max_drop"])
+    ratio = allowed.get("max_perplexity_ratio")
+    return None if ratio is None else float(value * ratio)
+
+
+def draw_trade_off(report: Json, index: int, load: Json) -> Plot:
+    """Return score against latency at the load with this index."""
+    stages, metric, limit = report["stages"], baseline(report)["score"]["metric"], spent(report)
+    names = _names(stages)
+    svg = trade_off(
+        f"trade{index}",
+        names,
+        [stage["loads"][index]["latency_ms"]["p50"] for stage in stages],
+        [stage["score"]["value"] for stage in stages],
+        metric=metric.replace("_", " "),
+        higher_is_better=baseline(report)["score"]["higher_is_better"],
+        baseline=names.index(report["baseline"]),
+        limit=limit,
+    )
+    dashed = "" if limit is None else " Dashed: the budget."
+    caption = f"Up is better, left is faster. Hollow, dotted: the baseline.{dashed}"
+    return f"Latency and {metric.replace('_', ' ')} at {shape(load)}", caption, svg
+
+
+def draw_changes(stages: Sequence[Json]) -> Plot:
+    """Return how much each stage changed the score."""
+    metric = stages[0]["score"]["metric"]
+    changes = [b["score"]["value"] - a["score"]["value"] for a, b in pairwise(stages)]
+    better = stages[0]["score"]["higher_is_better"]
+    colours = [GOOD if (change > 0) == better else BAD for change in changes]
+    texts = [f"{change:+.4f}" for change in changes]
+    svg = bars("score", _names(stages[1:]), changes, texts=texts, colours=colours)
+    return f"Change of {metric.replace('_', ' ')} by stage", "Against the stage before.", svg
+
+
+def draw_gains(stages: Sequence[Json]) -> Plot:
+    """Return how much faster each stage made it."""
+    gains = {
+        shape(load): [
+            tuple(stage["loads"][index]["gain"][key] for key in ("value", "low", "high"))
+            for stage in stages[1:]
+        ]
+        for index, load in enumerate(stages[0]["loads"])
+    }
+    svg = intervals("gain", _names(stages[1:]), gains, what="times as fast as the stage before")
+    return "Gain in speed by stage", "With its 95 % interval; right of 1 is faster.", svg
+
+
+def draw_amounts(stages: Sequence[Json]) -> Iterable[Plot]:
+    """Yield sizes and peak memories, as far as they are known."""
+    amounts = {
+        "Size on disk": [stage["size_bytes"] for stage in stages],
+        "Peak memory of the process": [stage["memory"]["peak_rss_bytes"] for stage in stages],
+        "Peak memory of the device": [stage["memory"].get("device_peak_bytes") for stage in stages],
+    }
+    for index, (title, counts) in enumerate(amounts.items()):
+        if any(count is not None for count in counts):
+            texts = ["not measured" if count is None else f"{count / 1e6:.0f}" for count in counts]
+            colours = [ACCENT] * len(stages)
+            svg = bars(f"amount{index}", _names(stages), counts, texts=texts, colours=colours)
+            yield title, "In MB.", svg
 
 
 def trade_off(
@@ -100,7 +189,7 @@ def trade_off(
             axes.invert_yaxis()
         axes.set_xlabel("p50 latency, ms")
         axes.set_ylabel(metric)
-        _label_points(axes, stages, list(zip(latencies_ms, scores, strict=True)))
+        _label_points(figure, axes, stages, list(zip(latencies_ms, scores, strict=True)))
         points = zip(stages, scores, latencies_ms, strict=True)
         alt = "; ".join(f"{stage}: {score:.4g} at {ms:.3g} ms" for stage, score, ms in points)
         return _inline(figure, name, f"{metric} against latency. {alt}")
@@ -135,7 +224,7 @@ def bars(
 def intervals(
     name: str,
     labels: Sequence[str],
-    series: Mapping[str, Sequence[tuple[float, float, float]]],
+    series: Mapping[str, Sequence[Sequence[float]]],
     *,
     what: str,
 ) -> ET.Element:
@@ -177,6 +266,10 @@ def intervals(
         return _inline(figure, name, f"{what}. {'; '.join(rows)}")
 
 
+def _names(stages: Sequence[Json]) -> list[str]:
+    return [stage["name"] for stage in stages]
+
+
 def _canvas(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), dpi=72, layout="constrained")
     return figure, figure.add_subplot()
@@ -189,43 +282,63 @@ def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(length=0)
 
 
-def _label_points(axes: Axes, labels: Sequence[str], points: Sequence[Point]) -> None:
-    """Write each label near its point, where it covers no other label or point, nor, if possible,
-    the line that joins them; a label that had to go far gets a thin line to its point.
+def _label_points(
+    figure: Figure, axes: Axes, labels: Sequence[str], points: Sequence[Point]
+) -> None:
+    """Write each label near its point, where it covers no other label or point.
+
+    Of such places the one is best that covers least of the line that joins the points. A label that
+    had to go far gets a thin line to its point.
     """
-    axes.figure.draw_without_rendering()  # lays out, so that pixels are known
+    figure.draw_without_rendering()  # lays out, so that pixels are known
     frame, pixels = axes.get_window_extent(), axes.transData.transform(points)
-    taken = [_box(x, y, 9, 9) for x, y in pixels]
+    taken = [_box(pixel, 9, 9) for pixel in pixels]
     joined = [
-        _box(*(start + (end - start) * step / 20), 2, 2)
-        for start, end in zip(pixels, pixels[1:], strict=False)
+        _box(start + (end - start) * step / 20, 2, 2)
+        for start, end in pairwise(pixels)
         for step in range(21)
     ]
 
     def cost(box: Bbox) -> int:
-        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        inside = (
+            frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+        )
         return 100 * box.count_overlaps(taken) + 50 * (not inside) + box.count_overlaps(joined)
 
     for label, point, (x, y) in zip(labels, points, pixels, strict=True):
         text = axes.annotate(_short(label), point, fontsize=9, ha="center", va="center")
         extent = text.get_window_extent()
         places = [
-            (right * (extent.width / 2 + 7 * far), up * (extent.height / 2 + 7 * far), far)
+            (
+                right * (extent.width / 2 + 7 * far),
+                up * (extent.height / 2 + 7 * far),
+                far,
+            )
             for far in (1, 2, 4, 6)
-            for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
+            for right, up in (
+                (1, 0),
+                (-1, 0),
+                (0, 1),
+                (0, -1),
+                (1, 1),
+                (-1, 1),
+                (1, -1),
+                (-1, -1),
+            )
         ]
-        boxes = [_box(x + dx, y + dy, extent.width, extent.height) for dx, dy, _ in places]
+        boxes = [_box((x + dx, y + dy), extent.width, extent.height) for dx, dy, _ in places]
         best = min(range(len(boxes)), key=lambda place: cost(boxes[place]))
         taken.append(boxes[best])
         dx, dy, far = places[best]
-        text.set_position(axes.transData.inverted().transform((x + dx, y + dy)))
+        place = tuple(axes.transData.inverted().transform((x + dx, y + dy)))
+        text.set_position(place)
         if far > 1:
             line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkB": 4}
-            axes.annotate("", point, text.get_position(), arrowprops=line)
+            axes.annotate("", point, place, arrowprops=line)
 
 
-def _box(x: float, y: float, width: float, height: float) -> Bbox:
-    """Return a box around its centre."""
+def _box(centre: Sequence[float], width: float, height: float) -> Bbox:
+    x, y = centre
     return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
 
 

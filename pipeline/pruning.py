@@ -114,7 +114,9 @@ def _prune(model: PreTrainedModel, kind: Kind, cuts: Cuts) -> None:
     for path, removed in planned.items():
         group = found[path]
         if unknown := removed - set(range(group.of)):
-            raise ValueError(f"{path}: found {kind} {sorted(unknown)}, expected numbers below {group.of}")
+            raise ValueError(
+                f"{path}: found {kind} {sorted(unknown)}, expected numbers below {group.of}"
+            )
         if removed.issuperset(group.kept):
             raise ValueError(f"{path}: found all {kind}, expected at least one to be left")
     for path, removed in planned.items():

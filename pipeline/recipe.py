@@ -6,24 +6,16 @@ data is checked later, in run.py; an order of steps that cannot work is refused 
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
-from pipeline.criteria import CRITERIA
+from pipeline.criteria import CRITERIA, GRADIENT
 from pipeline.quantization import METHODS
 
 ORIGINAL: Final = "original"
@@ -42,13 +34,18 @@ def one_of(known: Iterable[str]) -> AfterValidator:
     names = sorted(known)
 
     def check(value: str) -> str:
-        if value in names:
-            return value
-        close = difflib.get_close_matches(value, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"found {value!r}, expected one of {names}{hint}")
+        if value not in names:
+            raise ValueError(unknown(value, names))
+        return value
 
     return AfterValidator(check)
+
+
+def unknown(value: str, names: Sequence[str]) -> str:
+    """Return what to say of a name that is none of `names`."""
+    close = difflib.get_close_matches(value, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"found {value!r}, expected one of {list(names)}{hint}"
 
 
 class Strict(BaseModel):
@@ -144,6 +141,11 @@ class Prune(Strict):
     criterion: Annotated[str, one_of(CRITERIA)] = "importance"
     repair: Literal["least-squares", "none"] = "least-squares"
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the step needs calibration data."""
+        return self.criterion in GRADIENT or self.repair != "none"
+
     @model_validator(mode="after")
     def _cuts(self) -> Self:
         if not self.heads and not self.neurons:
@@ -188,6 +190,7 @@ class Export(Strict):
     format: Annotated[str, one_of(["onnx"])] = "onnx"
 
 
+STEPS: Final = ("prune", "finetune", "quantize", "export")
 Step = Annotated[Prune | Finetune | Quantize | Export, Field(discriminator="step")]
 
 
@@ -220,18 +223,6 @@ class Recipe(Strict):
     budget: Budget
     seed: int = Field(default=0, ge=0)
 
-    @field_validator("steps", mode="before")
-    @classmethod
-    def _step_names(cls, steps: object) -> object:
-        known = ("prune", "finetune", "quantize", "export")
-        for index, step in enumerate(steps if isinstance(steps, list) else []):
-            if isinstance(step, dict) and isinstance(name := step.get("step"), str):
-                try:
-                    one_of(known).func(name)  # type: ignore[call-arg]
-                except ValueError as error:
-                    raise ValueError(f"{index}.step: {error}") from None
-        return steps
-
     @model_validator(mode="after")
     def _order(self) -> Self:
         mistakes = list(_order_mistakes(self))
@@ -247,6 +238,11 @@ class Recipe(Strict):
             count = sum(name.partition("-")[0] == step.step for name in names) + 1
             names.append(step.step if count == 1 else f"{step.step}-{count}")
         return tuple(names)
+
+    @property
+    def baseline_at(self) -> int:
+        """How many steps are done when the baseline is reached."""
+        return (ORIGINAL, *self.stage_names).index(self.baseline)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Recipe":
@@ -274,39 +270,50 @@ class Recipe(Strict):
             raise RecipeError(explain(path, error)) from None
 
 
-def _order_mistakes(recipe: Recipe) -> Iterable[str]:
+def _order_mistakes(recipe: Recipe) -> Iterator[str]:
     """Yield what cannot work in the order of the steps, with the way that works."""
-    names, splits = recipe.stage_names, recipe.task.splits
-    onnx_at: str | None = None
-    for index, (step, name) in enumerate(zip(recipe.steps, names, strict=True)):
+    earlier: list[str] = [ORIGINAL]
+    exported: str | None = None
+    for index, (step, name) in enumerate(zip(recipe.steps, recipe.stage_names, strict=True)):
         where = f"steps.{index}"
-        if onnx_at and isinstance(step, Prune | Finetune):
-            yield f"{where}: {step.step} needs a torch model, found ONNX after {onnx_at}; move it before"
-        if isinstance(step, Quantize) and onnx_at and not onnx_at.startswith("export"):
-            yield f"{where}: quantize: the model is quantized already by {onnx_at}; keep one of them"
+        match step:
+            case Prune() | Finetune():
+                if exported:
+                    yield (
+                        f"{where}: {step.step} needs a torch model, found ONNX after {exported};"
+                        " move it before"
+                    )
+                yield from _missing_data(recipe, step, where)
+            case Quantize() if exported and exported.startswith("quantize"):
+                yield f"{where}: the model is quantized already by {exported}; keep one of them"
+        if isinstance(step, Finetune) and step.teacher not in (None, *earlier):
+            yield f"{where}.teacher: {unknown(str(step.teacher), earlier)}"
         if isinstance(step, Quantize | Export):
-            onnx_at = name
+            exported = name if exported is None or step.step == "quantize" else exported
             if recipe.target.runtime == "torch":
                 yield f"{where}: {step.step} gives ONNX, expected target.runtime: onnxruntime"
-        if isinstance(step, Finetune):
-            if splits.train is None:
-                yield f"{where}: finetune needs examples to train on, expected task.splits.train"
-            stages = (ORIGINAL, *names[:index])
-            if step.teacher is not None and step.teacher not in stages:
-                yield f"{where}.teacher: found {step.teacher!r}, expected an earlier stage of {list(stages)}"
-        calibrated = isinstance(step, Prune) and (
-            step.criterion != "magnitude" or step.repair != "none"
-        )
-        if calibrated and splits.calibration is None:
-            yield f"{where}: prune needs examples to calibrate on, expected task.splits.calibration"
-    if recipe.baseline not in (ORIGINAL, *names[:-1]):
-        expected = [ORIGINAL, *names[:-1]]
-        yield f"baseline: found {recipe.baseline!r}, expected one of {expected}"
-    metric = METRICS[recipe.task.metric or TASKS[recipe.task.kind].metrics[0]]
-    if recipe.budget.max_drop is not None and not metric.higher_is_better:
+        earlier.append(name)
+    if recipe.baseline not in earlier[:-1]:
+        yield f"baseline: {unknown(recipe.baseline, earlier[:-1])}"
+    yield from _budget_mistakes(recipe)
+
+
+def _missing_data(recipe: Recipe, step: Prune | Finetune, where: str) -> Iterator[str]:
+    splits = recipe.task.splits
+    if isinstance(step, Finetune):
+        if splits.train is None:
+            yield f"{where}: finetune needs examples to train on, expected task.splits.train"
+    elif splits.calibration is None and step.calibrated:
+        yield f"{where}: prune needs examples to score on, expected task.splits.calibration"
+
+
+def _budget_mistakes(recipe: Recipe) -> Iterator[str]:
+    kind, budget = recipe.task.kind, recipe.budget
+    higher_is_better = METRICS[recipe.task.metric or TASKS[kind].metrics[0]].higher_is_better
+    if budget.max_drop is not None and not higher_is_better:
         yield "budget.max_drop: perplexity grows when it gets worse, expected max_perplexity_ratio"
-    if recipe.budget.max_perplexity_ratio is not None and metric.higher_is_better:
-        yield f"budget.max_perplexity_ratio: {recipe.task.kind} has no perplexity, expected max_drop"
+    if budget.max_perplexity_ratio is not None and higher_is_better:
+        yield f"budget.max_perplexity_ratio: {kind} has no perplexity, expected max_drop"
 
 
 def explain(path: Path, error: ValidationError) -> str:
@@ -322,14 +329,17 @@ def explain(path: Path, error: ValidationError) -> str:
             text = f"unknown key{_suggest(parts)}"
         else:
             text = _plain(mistake)
-        for line in text.splitlines():
-            lines.append(f"  {where}: {line}" if where else f"  {line}")
+        lines.extend(f"  {where}: {line}" if where else f"  {line}" for line in text.splitlines())
     count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
     return "\n".join([f"{path}: {count}", *lines])
 
 
 def _plain(mistake: Any) -> str:
     text = str(mistake["msg"]).removeprefix("Value error, ")
+    if mistake["type"] == "union_tag_invalid":
+        return f"step: {unknown(str(mistake['ctx']['tag']), STEPS)}"
+    if mistake["type"] == "union_tag_not_found":
+        return f"step: found none, expected one of {list(STEPS)}"
     if mistake["type"] in {"value_error", "missing"}:
         return text
     return f"{text}, found {mistake['input']!r}"

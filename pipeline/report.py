@@ -21,6 +21,7 @@ class Score:
     metric: str
     value: float
     examples: int
+    higher_is_better: bool = True
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the budget: what is allowed, what was found, and what follows."""
+    """One line of the budget: what is allowed, what was found, and what follows.
+
+    `allowed` is the most that the quantity may be, or with `at_least` the least.
+    """
 
     what: str
     allowed: float
@@ -80,6 +84,7 @@ class Check:
     high: float
     outcome: Outcome
     note: str = ""
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,44 +113,50 @@ class Report:
         return json.dumps(asdict(self), indent=2, allow_nan=False)
 
 
-def table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def table(
+    report: Mapping[str, Any], *, intervals: bool = True
+) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the stage table, for the terminal and for Markdown.
 
-    `report` is the JSON of a report.
+    Args:
+        report: the JSON of a report.
+        intervals: show the intervals of the speedups, too.
     """
-    metric = report["stages"][0]["score"]["metric"]
-    loads = report["stages"][0]["loads"]
-    header = ["stage", metric, "flips", *(f"speedup {shape(load)}" for load in loads)]
-    header += [*(f"p50 ms {shape(load)}" for load in loads), "size MB", "parameters", "peak MB"]
-    rows = []
-    for stage in report["stages"]:
-        flips = stage["fidelity"]["flips"]
-        speedups = [load["speedup"] for load in stage["loads"]]
-        rows.append(
-            [
-                stage["name"],
-                f"{stage['score']['value']:.4g}",
-                "-" if flips is None else str(flips),
-                *(f"{s['value']:.2f} ({s['low']:.2f}-{s['high']:.2f})" for s in speedups),
-                *(f"{load['latency_ms']['p50']:.1f}" for load in stage["loads"]),
-                f"{stage['size_bytes'] / 1e6:.1f}",
-                f"{stage['parameters'] / 1e6:.2f} M",
-                f"{stage['memory']['peak_rss_bytes'] / 1e6:.0f}",
-            ]
-        )
-    return header, rows
+    first = report["stages"][0]
+    names = [shape(load) for load in first["loads"]]
+    header = ["stage", first["score"]["metric"], "flips", "MB", "peak MB"]
+    header += [f"ms {name}" for name in names] + [f"speedup {name}" for name in names]
+    return header, [_row(stage, intervals=intervals) for stage in report["stages"]]
+
+
+def _row(stage: Mapping[str, Any], *, intervals: bool) -> list[str]:
+    flips, peak = stage["fidelity"]["flips"], stage["memory"]["peak_rss_bytes"]
+    speedups = [load["speedup"] for load in stage["loads"]]
+    return [
+        stage["name"],
+        f"{stage['score']['value']:.4f}",
+        "-" if flips is None else str(flips),
+        f"{stage['size_bytes'] / 1e6:.1f}",
+        "-" if peak is None else f"{peak / 1e6:.0f}",
+        *(f"{load['latency_ms']['p50']:.1f}" for load in stage["loads"]),
+        *(
+            f"{s['value']:.2f}" + (f" ({s['low']:.2f}-{s['high']:.2f})" if intervals else "")
+            for s in speedups
+        ),
+    ]
 
 
 def shape(load: Mapping[str, Any]) -> str:
-    """Return a load's name: 8x128, or its batch alone for images."""
-    return f"{load['batch']}x{load['sequence']}" if load["sequence"] else f"{load['batch']}"
+    """Return a load's name: 8x128, or for images batch 8."""
+    return f"{load['batch']}x{load['sequence']}" if load["sequence"] else f"batch {load['batch']}"
 
 
 def check_line(check: Mapping[str, Any]) -> str:
     """Return one check in words."""
     bounds = f"{check['estimate']:.4g} ({check['low']:.4g} to {check['high']:.4g})"
     note = f"; {check['note']}" if check["note"] else ""
-    return f"{check['what']}: {bounds}, allowed {check['allowed']:g}: {check['outcome']}{note}"
+    limit = f"at {'least' if check['at_least'] else 'most'} {check['allowed']:g}"
+    return f"{check['what']}: {bounds}, {limit}: {check['outcome']}{note}"
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -157,13 +168,16 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += ["", f"Compared with the stage `{report['baseline']}`."]
     lines += [
-        f"- {stage['name']}: {stage['gain_note']}" for stage in report["stages"] if stage["gain_note"]
+        f"- {stage['name']}: {stage['gain_note']}"
+        for stage in report["stages"]
+        if stage["gain_note"]
     ]
     machine, target = report["machine"], report["recipe"]["target"]
+    where = f"{machine['cpu']}, {target['threads']} of {machine['cores']} cores"
+    examples = report["data"]["examples"]["gate"]
     lines += [
         "",
-        f"{machine['cpu']}, {target['threads']} of {machine['cores']} cores, {target['runtime']}"
-        f" on {target['device']}; {report['data']['examples']['gate']} examples in the gate split.",
+        f"{where}, {target['runtime']} on {target['device']}; {examples} examples judged.",
         "",
     ]
     return "\n".join(lines)

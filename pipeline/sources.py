@@ -53,7 +53,7 @@ def resolve(source: str) -> str:
 
 
 def identity(source: str, revision: str | None) -> dict[str, str]:
-    """Return what names the model's content: the hashes of a folder's files, or the hub's commit."""
+    """Return what names a model's content: its files' hashes, or the commit on the hub."""
     path = Path(source)
     if path.is_dir():
         return {
@@ -81,7 +81,7 @@ def processor(source: str, kind: str, revision: str | None) -> Any:
     path = Path(source)
     files = _VOCABULARIES if kind == "AutoTokenizer" else ("preprocessor_config.json",)
     if path.is_dir() and not any((path / name).is_file() for name in files):
-        raise ModelError(f"{source}: found no tokenizer or image processor, expected one of {files}")
+        raise ModelError(f"{source}: found no tokenizer or processor, expected one of {files}")
     try:
         found = getattr(transformers, kind).from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError, KeyError, ImportError) as error:

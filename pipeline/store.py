@@ -26,11 +26,11 @@ _HIDDEN: Final = ".store"
 
 @dataclass(frozen=True)
 class Entry:
-    """A verified folder. `digest` is the hash of its content, `reused` whether it was there."""
+    """A verified folder: `digest` is the hash of its files, `about` what its maker said of them."""
 
     folder: Path
     digest: str
-    reused: bool
+    about: Mapping[str, Any]
 
 
 class Store:
@@ -42,39 +42,45 @@ class Store:
             (root / _HIDDEN / name).mkdir(parents=True, exist_ok=True)
 
     def get(
-        self, name: str, key: Mapping[str, Any], make: Callable[[Path], None], *, fresh: bool = False
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        make: Callable[[Path], Mapping[str, Any]],
+        *,
+        fresh: bool = False,
     ) -> Entry:
         """Return the entry for `key`, made by `make(folder)` unless it is there already.
 
         Args:
             name: what the folder's name begins with, for people.
             key: everything the entry depends on, as JSON.
-            make: writes the entry's files into an empty folder.
+            make: writes the entry's files into an empty folder, and says what is known of them.
             fresh: make it again even if it is there.
         """
-        entry = f"{name}-{fingerprint(key)[:16]}"
-        folder = self._root / entry
-        with self._lock(entry):
-            if not fresh and (digest := verify(folder)):
-                return Entry(folder, digest, reused=True)
-            unfinished = self._root / _HIDDEN / "unfinished" / entry
+        label = f"{name}-{fingerprint(key)[:16]}"
+        folder = self._root / label
+        with self._lock(label):
+            if not fresh and (entry := verify(folder)):
+                return entry
+            unfinished = self._root / _HIDDEN / "unfinished" / label
             shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's: we hold the lock
             unfinished.mkdir()
             try:
-                make(unfinished)
-                digest = seal(unfinished, key)
+                seal(unfinished, make(unfinished))
                 if folder.exists():
-                    bad = self._root / _HIDDEN / "bad" / f"{entry}-{uuid.uuid4().hex[:8]}"
+                    bad = self._root / _HIDDEN / "bad" / f"{label}-{uuid.uuid4().hex[:8]}"
                     folder.rename(bad)
                 unfinished.rename(folder)
                 _sync(self._root)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
-        return Entry(folder, digest, reused=False)
+            made = verify(folder)
+            assert made is not None
+            return made
 
     @contextmanager
-    def _lock(self, entry: str) -> Iterator[None]:
-        with (self._root / _HIDDEN / "locks" / entry).open("w") as handle:
+    def _lock(self, label: str) -> Iterator[None]:
+        with (self._root / _HIDDEN / "locks" / label).open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
@@ -103,26 +109,29 @@ def content(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def seal(folder: Path, about: Mapping[str, Any]) -> str:
-    """Write the manifest of a finished folder, sync all of it to the disk, return its digest."""
-    files = content(folder)
-    text = json.dumps({"files": files, "about": dict(about)}, indent=1, sort_keys=True)
+def seal(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest of a finished folder, and sync all of it to the disk."""
+    manifest = {"files": content(folder), "about": dict(about)}
+    manifest["sha256"] = fingerprint(manifest)
+    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
-    return fingerprint(files)
 
 
-def verify(folder: Path) -> str | None:
-    """Return the digest of a folder whose files are those of its manifest, else None."""
+def verify(folder: Path) -> Entry | None:
+    """Return the folder's entry if its files are those of its manifest, else None."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        recorded = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        seal_found = manifest.pop("sha256")
+        files, about = manifest["files"], manifest["about"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if any(path.is_symlink() for path in folder.rglob("*")) or content(folder) != recorded:
+    if fingerprint(manifest) != seal_found:
         return None
-    return fingerprint(recorded)
+    if any(path.is_symlink() for path in folder.rglob("*")) or content(folder) != files:
+        return None
+    return Entry(folder, fingerprint(files), about)
 
 
 def publish(source: Callable[[Path], None], folder: Path, about: Mapping[str, Any]) -> None:

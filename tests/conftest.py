@@ -10,12 +10,17 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import random
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 SIZES = {
     "hidden_size": 32,
@@ -43,9 +48,20 @@ FAMILIES = {
     "gpt2": (
         "GPT2LMHeadModel",
         "GPT2Config",
-        {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "vocab_size": 99, "n_positions": 64},
+        {
+            "n_embd": 32,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_inner": 48,
+            "vocab_size": 99,
+            "n_positions": 64,
+        },
     ),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "llama": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
 }
 
 
@@ -90,3 +106,55 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"{folder} is not there: real models and data lie outside the project")
     return folder
+
+
+WORDS = [
+    "good",
+    "great",
+    "fine",
+    "bad",
+    "awful",
+    "poor",
+    "film",
+    "plot",
+    "actor",
+    "scene",
+    "the",
+    "a",
+]
+
+
+def write_model(folder: Path, family: str = "bert", **changes: object) -> PreTrainedModel:
+    """Write a tiny model with a tokenizer of the words above, and return it."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS]
+    table = {word: at for at, word in enumerate(vocabulary)}
+    backend = Tokenizer(WordLevel(table, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    model = tiny(family, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def sentences(count: int, seed: int = 0) -> list[tuple[str, int]]:
+    """Return texts whose label is whether good words outnumber bad ones, all different."""
+    generator = random.Random(seed)
+    found: dict[str, int] = {}
+    while len(found) < count:
+        words = generator.choices(WORDS, k=generator.randint(5, 12))
+        balance = sum((word in WORDS[:3]) - (word in WORDS[3:6]) for word in words)
+        if balance:
+            found[" ".join(words)] = int(balance > 0)
+    return list(found.items())
+
+
+def write_rows(path: Path, rows: list[tuple[str, int]], header: str = "text,label") -> Path:
+    """Write a CSV file."""
+    path.write_text("\n".join([header, *(f"{text},{label}" for text, label in rows)]) + "\n")
+    return path

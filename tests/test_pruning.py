@@ -30,7 +30,11 @@ def mask(model: PreTrainedModel, kind: str, removed: dict[int, list[int]]) -> No
     """Zero the readers' columns of units: what a cut must be equal to."""
     for group in architectures.groups(model):
         if group.kind == kind and group.layer in removed:
-            weight = group.reader.weight if isinstance(group.reader, nn.Linear) else group.reader.weight.T
+            weight = (
+                group.reader.weight
+                if isinstance(group.reader, nn.Linear)
+                else group.reader.weight.T
+            )
             width = weight.shape[1] // group.of
             for unit in removed[group.layer]:
                 weight.data[:, unit * width : (unit + 1) * width] = 0
@@ -105,18 +109,14 @@ def test_saved_and_loaded_is_the_same_and_can_be_cut_again(family, tmp_path):
     prune_layers(expected, [1])
     assert torch.equal(logits(loaded), logits(expected))
     loaded(**batch()).logits.sum().backward()
-    assert all(
-        parameter.grad is not None
-        for name, parameter in loaded.named_parameters()
-        if "pooler" not in name or "pooler" in name
-    )
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
 def test_the_stock_class_refuses_a_pruned_folder(family, tmp_path):
     model = tiny(family)
     prune_heads(model, {0: [1]})
     save_pretrained(model, tmp_path)
-    with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
         type(model).from_pretrained(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_generation_with_a_cache_equals_without():
         ({7: [0]}, r"heads: found 7, expected one of \[0, 1, 2\]"),
         ({"encoder": [0]}, "heads: found 'encoder', expected one of"),
         ({0: [9]}, r"attention: found heads \[9\], expected numbers below 4"),
-        ({1: [0], 0: [0, 1, 2, 3]}, "layer.0.attention: found all heads"),
+        ({1: [0], 0: [0, 1, 2, 3]}, r"layer\.0\.attention: found all heads"),
     ],
 )
 def test_wrong_cuts_are_refused_and_cut_nothing(cuts, message):
@@ -165,7 +165,9 @@ def test_wrong_layers_are_refused():
 def test_an_unknown_family_is_refused_by_name():
     model = tiny("bert")
     model.config.model_type = "perceiver"
-    with pytest.raises(ValueError, match="BertForSequenceClassification: found the family 'perceiver'"):
+    with pytest.raises(
+        ValueError, match="BertForSequenceClassification: found the family 'perceiver'"
+    ):
         units(model)
 
 
@@ -192,7 +194,11 @@ def test_a_head_that_gives_nothing_goes_first(family, criterion, repair):
                     blocks[:, unit] *= 1e-3
     mask(model, "heads", dead)
     before = logits(model)
-    labels = {"labels": batch()["input_ids"]} if family in {"gpt2", "llama"} else {"labels": torch.tensor([0, 1])}
+    labels = (
+        {"labels": batch()["input_ids"]}
+        if family in {"gpt2", "llama"}
+        else {"labels": torch.tensor([0, 1])}
+    )
     choice = choose_and_cut(
         model,
         {"heads": 2 / 12},

@@ -1,0 +1,28 @@
+# make demo   the whole pipeline on a real model, on CPU
+# make test   the tests
+# make check  formatter, linters, types, layers
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test check
+
+demo: $(INSTALLED)
+	$(BIN)/secateur run configs/quickstart.yaml
+
+test: $(INSTALLED)
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/secateur check configs/*.yaml
+
+# Installs once, and again when the dependencies change.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,demo,dev]'
+	touch $@

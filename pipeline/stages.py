@@ -1,0 +1,160 @@
+"""The rows of the report: every artifact of a run, measured on the target.
+
+From the baseline on, each artifact is measured alone (accuracy, memory, first call), then all of
+them together (speed). A torch artifact whose target is ONNX Runtime is measured as its export, so
+that a gain is the step's and not the runtime's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from benchmarks import metrics, speed
+from benchmarks.accuracy import Outcomes, fidelity
+from exporters import onnx
+from pipeline import measuring, steps
+from pipeline.measuring import Alone, Bench, Target
+from pipeline.report import Load, Score, Stage, shape
+from pipeline.work import Artifact, Work
+
+NOTABLE: Final = 0.02
+"""The smallest change of a ratio that counts as a gain."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The stages from the baseline on, and the outcomes of the first and the last of them."""
+
+    stages: tuple[Stage, ...]
+    baseline: Outcomes
+    candidate: Outcomes
+
+
+def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
+    """Return the stages of a run's artifacts, the baseline first."""
+    bench = _bench(work)
+    running = [
+        steps.export(work, artifact) if bench.target.runtime == "onnxruntime" else artifact.entry
+        for artifact in artifacts
+    ]
+    found = [measuring.alone(bench, entry.folder, entry.digest) for entry in running]
+    together = measuring.together(bench, {entry.digest: entry.folder for entry in running})
+    stages: list[Stage] = []
+    for at, (artifact, entry, alone) in enumerate(zip(artifacts, running, found, strict=True)):
+        digests = running[0].digest, running[max(at - 1, 0)].digest, entry.digest
+        stage = replace(
+            _stage(work, artifact, alone, found[0].outcomes),
+            loads=_loads(bench, alone, together.latencies, digests),
+        )
+        stages.append(replace(stage, gain_note=_gain_note(stages[-1], stage)) if stages else stage)
+    return Measured(tuple(stages), found[0].outcomes, found[-1].outcomes)
+
+
+def _bench(work: Work) -> Bench:
+    target = work.recipe.target
+    return Bench(
+        store=work.store,
+        target=Target(
+            device=target.device,
+            runtime=target.runtime,
+            threads=work.threads,
+            loads=tuple((load.batch, load.sequence) for load in target.loads),
+            rounds=target.rounds,
+            seconds=target.seconds,
+        ),
+        machine=work.machine,
+        task=work.task,
+        examples=work.examples("gate"),
+        padding=work.padding,
+        evidence=work.evidence("gate"),
+        code=work.code,
+        track=work.track,
+    )
+
+
+def _stage(work: Work, artifact: Artifact, alone: Alone, baseline: Outcomes) -> Stage:
+    metric = metrics.METRICS[work.metric]
+    right = None
+    if metric.kind == "binary":
+        right = lambda columns: np.asarray(metric.function(columns)) > 0  # noqa: E731
+    about = artifact.entry.about
+    return Stage(
+        name=artifact.name,
+        step=artifact.step,
+        format=artifact.format,
+        runtime=work.recipe.target.runtime,
+        folder=str(artifact.entry.folder),
+        seconds=about["seconds"],
+        parameters=about["parameters"],
+        size_bytes=_size_bytes(artifact.entry.folder),
+        score=Score(
+            work.metric,
+            metrics.score(work.metric, alone.outcomes.columns),
+            len(alone.outcomes.ids),
+            metric.higher_is_better,
+        ),
+        fidelity=asdict(fidelity(baseline, alone.outcomes, right)),
+        loads=(),
+        memory={
+            "peak_rss_bytes": alone.peak_rss_bytes,
+            "import_floor_bytes": alone.import_floor_bytes,
+            "device_peak_bytes": None,
+        },
+        load_seconds=alone.load_seconds,
+        heads=tuple(about["heads"]),
+        neurons=tuple(about["neurons"]),
+        kept_heads=tuple(tuple(kept) for kept in about["kept_heads"]),
+        details=about["details"],
+    )
+
+
+def _loads(
+    bench: Bench, alone: Alone, latencies: measuring.Latencies, digests: tuple[str, str, str]
+) -> tuple[Load, ...]:
+    """Return the speed at every load; `digests` are of baseline, stage before, and this stage."""
+    first, previous, this = (latencies[digest] for digest in digests)
+    loads = []
+    for at, (batch, sequence) in enumerate(bench.target.loads):
+        calls = [call for turn in this[at] for call in turn]
+        loads.append(
+            Load(
+                batch=batch,
+                sequence=sequence if "sequence" in bench.task.axes else None,
+                latency_ms=asdict(speed.percentiles(calls)),
+                first_call_ms=alone.first_call_ms[at],
+                throughput_per_s=batch * 1e3 / float(np.mean(calls)),
+                speedup=asdict(speed.ratio(first[at], this[at])),
+                gain=asdict(speed.ratio(previous[at], this[at])),
+            )
+        )
+    return tuple(loads)
+
+
+def _gain_note(before: Stage, stage: Stage) -> str:
+    """Say what a step gained over the stage before, or that it did not pay."""
+    gains = [
+        f"{load.gain['value']:.2f}x faster at {shape(asdict(load))}"
+        for load in stage.loads
+        if load.gain["low"] > 1 + NOTABLE
+    ]
+    for what, now, then in (
+        ("size", stage.size_bytes, before.size_bytes),
+        ("peak memory", stage.memory["peak_rss_bytes"], before.memory["peak_rss_bytes"]),
+    ):
+        if now and then and now / then < 1 - NOTABLE:
+            gains.append(f"{what} {now / then:.2f}x")
+    trained = stage.step is not None and stage.step["step"] == "finetune"
+    if trained:
+        gains.append(f"{stage.score.metric} {stage.score.value - before.score.value:+.4f}")
+    if stage.folder == before.folder:
+        return "the same file as the stage before"
+    return ", ".join(gains) if gains else "no gain in latency, memory or size on this target"
+
+
+def _size_bytes(folder: Path) -> int:
+    """Return the bytes of the model's own files: weights, or graph and weights."""
+    weights = [*folder.glob("*.safetensors"), *(folder / onnx.MODEL.parent).glob("model.onnx*")]
+    return sum(path.stat().st_size for path in weights)

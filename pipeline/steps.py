@@ -1,0 +1,221 @@
+"""What each step does: an artifact in, an entry of the store out.
+
+A step's key holds all that its result depends on; its `make` is run only if the store has no such
+entry. The untouched model is the first artifact, made as if by a step.
+"""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from benchmarks.tasks import Arrays, collate
+from exporters import onnx
+from pipeline import calibration, checkpoint, pruning, sources
+from pipeline.checkpoint import ModelError
+from pipeline.finetuning import Teacher
+from pipeline.finetuning import finetune as train
+from pipeline.quantization import METHODS
+from pipeline.recipe import ORIGINAL, Finetune, Prune, Quantize
+from pipeline.store import MANIFEST, Entry
+from pipeline.work import Artifact, Work
+
+CALIBRATION_BATCH: Final = 16
+"""Windows a batch when units are scored and second moments taken."""
+
+
+def original(work: Work) -> Artifact:
+    """Return the untouched model, checked; a head that it lacks is new, and random."""
+    recipe = work.recipe
+    trained_first = any(isinstance(step, Finetune) for step in recipe.steps[: recipe.baseline_at])
+
+    def make(folder: Path) -> dict[str, Any]:
+        set_seed(recipe.seed)  # a new head is random
+        options: dict[str, Any] = {
+            "dtype": torch.float32,
+            "revision": recipe.model.revision or "main",
+        }
+        if work.labels and (recipe.task.labels or not work.has_head):
+            options["id2label"] = dict(enumerate(work.labels))
+            options["label2id"] = {name: at for at, name in enumerate(work.labels)}
+        model, missing = checkpoint.load(work.source, work.task.auto_class, **options)
+        if missing and work.has_head:
+            raise ModelError(
+                f"{recipe.model.source}: found no {', '.join(missing[:3])}, expected every tensor"
+                f" of {type(model).__name__}; the files are damaged"
+            )
+        _check_vocabulary(work, model)
+        return work.write(model, folder, {})
+
+    if not work.has_head and not trained_first:
+        kind = (work.config.architectures or ["no class"])[0]
+        raise ModelError(
+            f"{recipe.model.source}: found {kind}, expected a model trained for"
+            f" {recipe.task.kind}; begin with a finetune step and name it under `baseline`"
+        )
+    key = {
+        "model": sources.identity(work.source, recipe.model.revision),
+        "kind": recipe.task.kind,
+        "labels": work.labels,
+        "seed": None if work.has_head else recipe.seed,
+    }
+    return Artifact(ORIGINAL, None, "torch", work.make(ORIGINAL, key, make))
+
+
+def _check_vocabulary(work: Work, model: PreTrainedModel) -> None:
+    if "sequence" not in work.task.axes:
+        return
+    largest = max(
+        int(window.inputs["input_ids"].max())
+        for example in work.examples("gate")
+        for window in example.windows
+    )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ModelError(
+            f"{work.recipe.model.source}: found token {largest}, expected less than {rows}, the"
+            " rows of the embedding table; the tokenizer is another model's"
+        )
+
+
+def prune(work: Work, step: Prune, before: Artifact) -> Entry:
+    """Cut and repair."""
+    examples = work.examples("calibration") if step.calibrated else []
+    windows = sum(len(example.windows) for example in examples)
+
+    def make(folder: Path) -> dict[str, Any]:
+        model = checkpoint.from_pretrained(before.entry.folder)
+        choice = pruning.choose_and_cut(
+            model,
+            {"heads": step.heads, "neurons": step.neurons},
+            criterion=step.criterion,
+            repair=step.repair,
+            data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
+            total=-(-windows // CALIBRATION_BATCH),
+            track=work.track,
+        )
+        return work.write(model, folder, asdict(choice))
+
+    key = {
+        "step": step.model_dump(mode="json"),
+        "input": before.entry.digest,
+        "data": work.evidence("calibration") if step.calibrated else None,
+    }
+    return work.make("prune", key, make)
+
+
+def finetune(work: Work, step: Finetune, before: Artifact, teacher: Artifact | None) -> Entry:
+    """Train, towards the teacher if there is one."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        model = checkpoint.from_pretrained(before.entry.folder)
+        imitated = None
+        if teacher is not None:
+            imitated = Teacher(
+                checkpoint.from_pretrained(teacher.entry.folder),
+                step.temperature,
+                step.task_weight,
+                step.hidden_weight,
+            )
+        loss = train(
+            model,
+            work.examples("train"),
+            work.padding,
+            epochs=step.epochs,
+            learning_rate=step.learning_rate,
+            batch_size=step.batch_size,
+            warmup=step.warmup,
+            weight_decay=step.weight_decay,
+            freeze_embeddings=step.freeze_embeddings,
+            teacher=imitated,
+            seed=work.recipe.seed,
+            device=work.recipe.target.device,
+            track=work.track,
+        )
+        return work.write(model.cpu(), folder, {"mean_loss": loss})
+
+    key = {
+        "step": step.model_dump(mode="json"),
+        "input": before.entry.digest,
+        "teacher": teacher.entry.digest if teacher else None,
+        "data": work.evidence("train"),
+        "seed": work.recipe.seed,
+        "device": work.recipe.target.device,
+    }
+    return work.make("finetune", key, make)
+
+
+def export(work: Work, before: Artifact) -> Entry:
+    """Return the artifact as ONNX, fused for the target's provider; one that is ONNX is done."""
+    if before.format == "onnx":
+        return before.entry
+
+    def make(folder: Path) -> dict[str, Any]:
+        model = checkpoint.from_pretrained(before.entry.folder)
+        model.config.use_cache = False
+        (folder / onnx.MODEL).parent.mkdir()
+        difference = onnx.export(
+            model,
+            _samples(work),
+            axes=work.task.axes,
+            path=folder / onnx.MODEL,
+            fuse_for=work.recipe.target.device,
+        )
+        _copy_around(before.entry.folder, folder)
+        return _known(before) | {"details": {"difference_to_torch": difference}}
+
+    key = {"input": before.entry.digest, "export": "onnx", "device": work.recipe.target.device}
+    return work.make("onnx", key, make)
+
+
+def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
+    """Return the artifact as quantized ONNX."""
+    source = export(work, before)
+
+    def make(folder: Path) -> dict[str, Any]:
+        (folder / onnx.MODEL).parent.mkdir()
+        reduce_range = work.machine.saturates
+        count = METHODS[step.method](
+            source.folder / onnx.MODEL,
+            folder / onnx.MODEL,
+            embeddings=step.embeddings,
+            reduce_range=reduce_range,
+        )
+        _copy_around(source.folder, folder)
+        details = {"integer_products": count, "reduce_range": reduce_range}
+        return _known(before) | {"details": details}
+
+    key = {
+        "step": step.model_dump(mode="json"),
+        "input": source.digest,
+        "reduce_range": work.machine.saturates,
+    }
+    return work.make("quantize", key, make)
+
+
+def _known(before: Artifact) -> dict[str, Any]:
+    return {
+        name: before.entry.about[name] for name in ("parameters", "heads", "neurons", "kept_heads")
+    }
+
+
+def _copy_around(source: Path, folder: Path) -> None:
+    """Copy what lies around a model (config, tokenizer), but not the model."""
+    for path in source.iterdir():
+        weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name != MANIFEST:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _samples(work: Work) -> list[Arrays]:
+    """Return batches of real inputs of three shapes; the first is the one to trace."""
+    windows = [w.inputs for example in work.examples("gate")[:64] for w in example.windows]
+    if len(windows) < 2:  # noqa: PLR2004 - a batch of one would be traced as a constant
+        windows = windows * 2
+    windows.sort(key=lambda window: next(iter(window.values())).shape[-1])
+    middle = len(windows) // 2
+    chosen = (windows[middle - 1 : middle + 1], windows[-3:], windows[:1])
+    return [collate(batch, work.padding) for batch in chosen]

@@ -1,0 +1,195 @@
+"""What the steps of one run share: the recipe, the model's source, the data, the store.
+
+Everything that a recipe says of model and data is checked here, before the first step: files,
+columns, labels, lengths, and whether the model fits the task.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks import machine
+from benchmarks.accuracy import Track
+from benchmarks.data import Row
+from benchmarks.data import load as load_data
+from benchmarks.tasks import TASKS, Example, label_names, padding
+from pipeline import architectures, checkpoint, sources
+from pipeline.checkpoint import ModelError
+from pipeline.recipe import Recipe
+from pipeline.store import Entry, Store, fingerprint
+
+# What these files say cannot change a stage's content.
+_WITHOUT_EFFECT: Final = frozenset(
+    {
+        "__main__.py",
+        "cli.py",
+        "doctor.py",
+        "gate.py",
+        "page.py",
+        "plots.py",
+        "recipe.py",
+        "report.py",
+        "runner.py",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stage's folder, and what is known of it without measuring."""
+
+    name: str
+    step: dict[str, Any] | None
+    format: str
+    entry: Entry
+
+
+class Work:
+    """What the steps of one run share: recipe, data, processor, store."""
+
+    def __init__(self, recipe: Recipe, output: Path, *, fresh: bool, track: Track) -> None:
+        self.recipe = recipe
+        self.fresh = fresh
+        self.track = track
+        self.task = TASKS[recipe.task.kind]
+        self.metric = recipe.task.metric or self.task.metrics[0]
+        self.machine = machine.describe()
+        self.threads = recipe.target.threads or machine.usable_cores()
+        self.code = _code()
+        torch.set_num_threads(self.threads)
+
+        self.source = sources.resolve(recipe.model.source)
+        revision = recipe.model.revision
+        self.config = checkpoint.read_config(self.source, revision)
+        self.kind = checkpoint.model_class(self.source, self.config, self.task.auto_class)
+        self.processor = sources.processor(self.source, self.task.processor, revision)
+        self.padding = padding(self.processor)
+        self._check_lengths()
+        self.rows = load_data(
+            recipe.task.data,
+            subset=recipe.task.subset,
+            splits=recipe.task.splits.model_dump(exclude_none=True),
+            columns=self._columns(),
+            overlap=recipe.task.overlap,
+        )
+        self.labels = self._label_names()
+        self._examples: dict[str, list[Example]] = {}
+        # Encoding the gate split first says early if a label is not known.
+        self.examples("gate")
+        self.store = Store(output / "stages")
+
+    def examples(self, split: str) -> list[Example]:
+        """Return a split as the model sees it."""
+        if split not in self._examples:
+            self._examples[split] = self.task.encode(
+                self.rows[split], self.processor, self.labels, self.recipe.task.max_length
+            )
+        return self._examples[split]
+
+    def evidence(self, split: str) -> str:
+        """Return the fingerprint of a split's content and of how it is seen."""
+        settings = [self.recipe.task.kind, self.recipe.task.max_length, list(self.labels)]
+        return fingerprint([settings, [_plain(row) for row in self.rows[split]]])
+
+    @cached_property
+    def has_head(self) -> bool:
+        """Whether the model was trained for the task's kind; else its head is new."""
+        return self.kind.__name__ in (self.config.architectures or [])
+
+    def make(
+        self, name: str, key: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
+    ) -> Entry:
+        """Return the entry of a stage; `make` writes it and says what is known of it."""
+
+        def timed(folder: Path) -> dict[str, Any]:
+            start = time.monotonic()
+            about = make(folder)
+            return about | {"seconds": time.monotonic() - start}
+
+        key = {**key, "code": self.code, "versions": self.machine.versions}
+        return self.store.get(name, key, timed, fresh=self.fresh)
+
+    def write(
+        self, model: PreTrainedModel, folder: Path, details: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Write a torch artifact, and return what is known of it."""
+        checkpoint.save_pretrained(model, folder)
+        self.processor.save_pretrained(folder)
+        about = {"parameters": model.num_parameters(), "details": dict(details)}
+        try:
+            groups = architectures.groups(model)
+        except ValueError:  # a family that cannot be pruned can still be quantized and exported
+            groups = []
+        heads = [group for group in groups if group.kind == "heads"]
+        return about | {
+            "heads": [len(group.kept) for group in heads],
+            "neurons": [len(group.kept) for group in groups if group.kind == "neurons"],
+            "kept_heads": [list(group.kept) for group in heads],
+        }
+
+    def described(self) -> dict[str, Any]:
+        """Return the recipe as JSON, with the number of threads that is used."""
+        recipe = self.recipe.model_dump(mode="json")
+        recipe["target"]["threads"] = self.threads
+        return recipe
+
+    def _columns(self) -> dict[str, str]:
+        chosen = self.recipe.task.columns
+        return {
+            role: chosen.get(role, column)
+            for role, column in self.task.columns.items()
+            if role in chosen or role not in self.task.optional
+        }
+
+    def _label_names(self) -> list[str]:
+        role = self.task.labelled
+        if role is None:
+            return []
+        if self.recipe.task.labels:
+            names = list(self.recipe.task.labels)
+            if self.has_head and len(names) != self.config.num_labels:
+                raise ModelError(
+                    f"task.labels: found {len(names)} names, expected {self.config.num_labels},"
+                    f" one for each of the model's outputs"
+                )
+            return names
+        if self.has_head:
+            return [self.config.id2label[at] for at in range(self.config.num_labels)]
+        return label_names(self.rows["train"] if "train" in self.rows else self.rows["gate"], role)
+
+    def _check_lengths(self) -> None:
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest is None or "sequence" not in self.task.axes:
+            return
+        wanted = {"task.max_length": self.recipe.task.max_length}
+        wanted |= {f"target.loads.{i}": x.sequence for i, x in enumerate(self.recipe.target.loads)}
+        for where, length in wanted.items():
+            if length > longest:
+                raise ModelError(
+                    f"{where}: found {length} tokens, expected at most {longest}, the positions"
+                    " that the model has"
+                )
+
+
+def _plain(row: Row) -> list[str]:
+    """Return a row's id and what is to be predicted, as text."""
+    return [row["id"], *(str(row[name]) for name in ("label", "tags", "answers") if name in row)]
+
+
+def _code() -> str:
+    """Return the fingerprint of the code that makes and measures artifacts."""
+    root = Path(__file__).parents[1]
+    files = [
+        path
+        for package in ("pipeline", "exporters", "benchmarks")
+        for path in sorted((root / package).glob("*.py"))
+        if path.name not in _WITHOUT_EFFECT
+    ]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -1,0 +1,142 @@
+"""Rows from files, folders and built-in sets; splits; what is wrong is said in one line."""
+
+import gzip
+import json
+
+import pytest
+from conftest import sentences, write_rows
+from datasets import Dataset
+from PIL import Image
+
+from benchmarks.data import DataError, load
+
+ROWS = sentences(20)
+
+
+def read(source, splits=None, columns=None, overlap="error", subset=None):
+    return load(
+        str(source),
+        subset=subset,
+        splits=splits or {"gate": "train"},
+        columns=columns or {"text": "text", "label": "label"},
+        overlap=overlap,
+    )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet", "csv.gz"])
+def test_every_file_type_gives_the_same_rows(tmp_path, suffix):
+    path = tmp_path / f"data.{suffix}"
+    records = [{"text": text, "label": label} for text, label in ROWS]
+    lines = "\n".join(["text,label", *(f"{text},{label}" for text, label in ROWS)])
+    match suffix:
+        case "csv":
+            path.write_text(lines)
+        case "tsv":
+            path.write_text(lines.replace(",", "\t"))
+        case "csv.gz":
+            path.write_bytes(gzip.compress(lines.encode()))
+        case "jsonl" | "json":
+            path.write_text("\n".join(json.dumps(record) for record in records))
+        case "parquet":
+            Dataset.from_list(records).to_parquet(path)
+    rows = read(path)["gate"]
+    assert [(row["text"], row["label"]) for row in rows] == ROWS
+    assert len({row["id"] for row in rows}) == 20
+
+
+def test_a_text_file_has_a_row_a_line(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("once\nupon\n")
+    rows = read(path, columns={"text": "text"})["gate"]
+    assert [row["text"] for row in rows] == ["once", "upon"]
+
+
+def test_a_folder_has_a_split_a_file(tmp_path):
+    write_rows(tmp_path / "train.csv", ROWS[:15])
+    write_rows(tmp_path / "validation.csv", ROWS[15:])
+    found = read(tmp_path, {"train": "train[:10]", "gate": "validation"})
+    assert (len(found["train"]), len(found["gate"])) == (10, 5)
+
+
+def test_a_folder_of_images(tmp_path):
+    for name, colour in (("cat", "red"), ("dog", "blue")):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for at in range(3):
+            Image.new("RGB", (8, 8 + at), colour).save(tmp_path / "train" / name / f"{at}.png")
+    rows = read(tmp_path, columns={"image": "image", "label": "label"})["gate"]
+    assert sorted(row["label"] for row in rows) == ["cat"] * 3 + ["dog"] * 3
+    assert len({row["id"] for row in rows}) == 6
+
+
+def test_slices_are_those_of_datasets(tmp_path):
+    path = write_rows(tmp_path / "data.csv", ROWS)
+    found = read(
+        path, {"train": "train[:50%]", "selection": "train[50%:75%]", "gate": "train[-5:]"}
+    )
+    assert [len(found[name]) for name in ("train", "selection", "gate")] == [10, 5, 5]
+    assert found["gate"][-1]["text"] == ROWS[-1][0]
+
+
+def test_shared_examples_are_refused_or_dropped_from_the_less_protected(tmp_path):
+    path = write_rows(tmp_path / "data.csv", ROWS)
+    splits = {"train": "train[:10]", "gate": "train[8:]"}
+    with pytest.raises(DataError, match=r"task\.splits: train and gate share 2 of 10 examples"):
+        read(path, splits)
+    found = read(path, splits, overlap="drop")
+    assert (len(found["train"]), len(found["gate"])) == (8, 12)
+    assert not {row["id"] for row in found["train"]} & {row["id"] for row in found["gate"]}
+
+
+def test_the_same_text_with_another_label_is_the_same_example(tmp_path):
+    path = write_rows(tmp_path / "data.csv", [("good film", 0), ("good film", 1)])
+    with pytest.raises(DataError, match="share 1 of 1"):
+        read(path, {"train": "train[:1]", "gate": "train[1:]"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"columns": {"text": "sentence"}},
+            r"found columns \['text', 'label'\], expected 'sentence'",
+        ),
+        ({"splits": {"gate": "test"}}, "gate: test: not a split of these data"),
+        ({"splits": {"gate": "train[:oops]"}}, "not a split of these data"),
+        ({"splits": {"gate": "train[:0]"}}, r"split 'train\[:0\]' \(gate\): found 0 examples"),
+    ],
+)
+def test_wrong_columns_and_splits_are_said(tmp_path, options, message):
+    path = write_rows(tmp_path / "data.csv", ROWS)
+    with pytest.raises(DataError, match=message):
+        read(path, **options)
+
+
+def test_an_empty_value_is_said(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text("text,label\ngood film,1\n,0\n")
+    with pytest.raises(DataError, match="found an empty value in column 'text'"):
+        read(path)
+
+
+def test_wrong_files_are_said(tmp_path):
+    with pytest.raises(DataError, match="nowhere.csv: no such file or folder"):
+        read(tmp_path / "nowhere.csv")
+    (tmp_path / "data.docx").write_text("x")
+    with pytest.raises(DataError, match=r"found a file of type '\.docx', expected one of"):
+        read(tmp_path / "data.docx")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match=r"empty\.csv: found an empty file"):
+        read(tmp_path / "empty.csv")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"\n')
+    with pytest.raises(DataError, match=r"broken\.jsonl: cannot be read as data"):
+        read(tmp_path / "broken.jsonl")
+    with pytest.raises(DataError, match="builtin:poems: no such built-in data"):
+        read("builtin:poems")
+
+
+def test_a_hub_id_that_is_not_cached_is_said_in_one_line():
+    with pytest.raises(
+        DataError, match="found neither as a file or folder here nor on the hub"
+    ) as caught:
+        read("secateur-test/no-such-data")
+    assert len(str(caught.value).splitlines()) == 1

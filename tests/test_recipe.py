@@ -1,0 +1,186 @@
+"""A recipe is read once, and all that is wrong with it is said at once."""
+
+from copy import deepcopy
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.recipe import Recipe, RecipeError
+
+GOOD = {
+    "model": {"source": "folder"},
+    "task": {
+        "kind": "text-classification",
+        "data": "data.csv",
+        "splits": {"train": "train[:80%]", "calibration": "train[80%:90%]", "gate": "train[90%:]"},
+    },
+    "steps": [
+        {"step": "prune", "heads": 0.25},
+        {"step": "finetune", "teacher": "original"},
+        {"step": "quantize"},
+        {"step": "export"},
+    ],
+    "budget": {"max_drop": 0.01},
+}
+
+
+def read(tmp_path, content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return Recipe.from_yaml(path)
+
+
+def changed(*path_and_value):
+    """Return the good recipe with one value changed, or with `...` taken out."""
+    *path, key, value = path_and_value
+    recipe = deepcopy(GOOD)
+    place = recipe
+    for part in path:
+        place = place[part]
+    if value is ...:
+        del place[key]
+    else:
+        place[key] = value
+    return recipe
+
+
+def test_a_good_recipe_has_its_defaults(tmp_path):
+    recipe = read(tmp_path, GOOD)
+    assert recipe.stage_names == ("prune", "finetune", "quantize", "export")
+    assert (recipe.target.runtime, recipe.target.device) == ("onnxruntime", "cpu")
+    assert recipe.budget.confidence == 0.95
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+def test_repeated_steps_are_numbered(tmp_path):
+    steps = [{"step": "finetune"}, {"step": "prune", "heads": 0.1}, {"step": "finetune"}]
+    recipe = read(tmp_path, changed("steps", steps) | {"baseline": "finetune"})
+    assert recipe.stage_names == ("finetune", "prune", "finetune-2")
+    assert recipe.baseline_at == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (changed("modle", {}), "modle: unknown key; did you mean 'model'"),
+        (changed("model", ...), "model: Field required"),
+        (changed("task", "kind", "text-clasification"), "did you mean 'text-classification'"),
+        (
+            changed("task", "metric", "perplexity"),
+            "task: metric: found 'perplexity', expected one of",
+        ),
+        (changed("task", "columns", {"txt": "x"}), "columns: found role 'txt', expected one of"),
+        (changed("task", "splits", "gate", ...), r"task\.splits\.gate: Field required"),
+        (
+            changed("steps", 0, "step", "prun"),
+            r"steps\.0: step: found 'prun'.*did you mean 'prune'",
+        ),
+        (changed("steps", 0, {}), r"steps\.0: step: found none, expected one of"),
+        (
+            changed("steps", 0, "criterion", "importnace"),
+            r"steps\.0\.criterion: found 'importnace'.*did you mean 'importance'",
+        ),
+        (
+            changed("steps", 0, "heads", 1.0),
+            r"steps\.0\.heads: Input should be less than 1, found 1",
+        ),
+        (changed("steps", 0, {"step": "prune"}), r"steps\.0: found neither `heads` nor `neurons`"),
+        (
+            changed("steps", 1, "teacher", "orginal"),
+            r"steps\.1\.teacher: found 'orginal'.*did you mean 'original'",
+        ),
+        (
+            changed("steps", 3, "format", "onxx"),
+            r"steps\.3\.format: found 'onxx'.*did you mean 'onnx'",
+        ),
+        (changed("steps", []), "steps: "),
+        (changed("baseline", "finetune-2"), "baseline: found 'finetune-2', expected one of"),
+        (
+            changed("budget", {"max_perplexity_ratio": 1.1}),
+            "budget.max_perplexity_ratio: text-classification has no",
+        ),
+        (changed("task", "splits", "train", ...), r"steps\.1: finetune needs examples to train on"),
+        (
+            changed("task", "splits", "calibration", ...),
+            r"steps\.0: prune needs examples to score on",
+        ),
+        (
+            changed("target", {"runtime": "torch"}),
+            r"steps\.2: quantize gives ONNX, expected target\.runtime",
+        ),
+        (changed("target", {"device": "tpu"}), r"target\.device: .*found 'tpu'"),
+        (
+            changed("steps", [{"step": "quantize"}, {"step": "prune", "heads": 0.1}]),
+            r"steps\.1: prune needs a torch model, found ONNX after quantize",
+        ),
+        (
+            changed("steps", [{"step": "quantize"}, {"step": "quantize"}]),
+            r"steps\.1: the model is quantized already by quantize",
+        ),
+        ("", "found an empty file, expected a mapping"),
+        ("- 1", "found list, expected a mapping"),
+        ("model: {", "not YAML"),
+        ("a: !!python/object/apply:os.system [true]", "not YAML"),
+    ],
+)
+def test_a_mistake_is_said_with_its_place(tmp_path, recipe, message):
+    with pytest.raises(RecipeError, match=message):
+        read(tmp_path, recipe)
+
+
+def test_perplexity_has_no_drop(tmp_path):
+    task = GOOD["task"] | {"kind": "causal-lm"}
+    with pytest.raises(RecipeError, match=r"budget\.max_drop: perplexity grows"):
+        read(tmp_path, GOOD | {"task": task})
+
+
+def test_all_mistakes_are_said_at_once(tmp_path):
+    recipe = changed("steps", 0, "heads", -1) | {"budgett": {}, "seed": -3}
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, recipe)
+    lines = str(caught.value).splitlines()
+    assert lines[0].endswith("recipe.yaml: 3 mistakes")
+    assert {line.split(":")[0].strip() for line in lines[1:]} == {
+        "steps.0.heads",
+        "seed",
+        "budgett",
+    }
+
+
+def test_a_missing_file_is_said(tmp_path):
+    with pytest.raises(RecipeError, match="nowhere.yaml: no such file"):
+        Recipe.from_yaml(tmp_path / "nowhere.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        Recipe.from_yaml(tmp_path)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_recipe_with_anything_in_it_is_read_or_refused(data, tmp_path_factory):
+    recipe = deepcopy(GOOD)
+    place = recipe
+    while True:
+        key = data.draw(
+            st.sampled_from(list(place) if isinstance(place, dict) else list(range(len(place))))
+        )
+        if not isinstance(place[key], dict | list) or not place[key] or data.draw(st.booleans()):
+            place[key] = data.draw(values)
+            break
+        place = place[key]
+    path = tmp_path_factory.mktemp("fuzz") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    try:
+        assert isinstance(Recipe.from_yaml(path), Recipe)
+    except RecipeError as error:
+        assert str(error).startswith(str(path))
