@@ -40,15 +40,18 @@ _TRAIN_MAX: Final = 1000
 _MIN_PLAIN_WORDS: Final = 7
 _MAX_WORDS: Final = 40
 
-# Tests, and copies of other packages.
-_SKIPPED_FOLDERS: Final = frozenset({"tests", "testing", "_testing", "_vendored", "externals"})
+# Folders and files of tests, and copies of other packages.
+_SKIPPED: Final = frozenset(
+    {"tests", "testing", "_testing", "testing_utils.py", "_vendored", "externals"}
+)
 _NAMES: Final = re.compile(
     r"\b\w*(?:matplotlib|networkx|pandas|sklearn|scikit-?learn|sympy|torch|transformers)\w*"
     r"|\bhugging ?face\w*|\b(?:mpl|plt|pyplot|nx|pd|hf)\b",
     re.IGNORECASE,
 )
-# Sphinx roles and the like: each package has its own, and they would tell the label.
+# Sphinx roles, links and the like: each package has its own, and they would tell the label.
 _MARKUP: Final = re.compile(
+    r"Read more in the\s+:ref:`[^`]*`\.?|"
     r"\[\d+\]_|\]\([^)]*\)|https?://\S+|:[a-z:]+:(?=`)|[`*$\[\]]|(?<![\w.])[~.]+(?=[A-Za-z])"
 )
 _END_OF_PROSE: Final = re.compile(
@@ -100,7 +103,7 @@ def _texts(label: str, seen: set[str]) -> list[str]:
     for relative in sorted(paths, key=_digest):
         if len(texts) >= held_out + _TRAIN_MAX:
             break
-        if _SKIPPED_FOLDERS.isdisjoint(relative.split("/")):
+        if _SKIPPED.isdisjoint(relative.split("/")):
             for docstring in _docstrings(paths[relative]):
                 text = _clean(docstring)
                 plain = _PLAIN_WORD.findall(text[:1].lower() + text[1:])

@@ -21,7 +21,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from benchmarks.data import DataError, Row
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Arrays = dict[str, Array]
 
 IGNORED: Final = -100
@@ -82,7 +82,8 @@ def collate(windows: Sequence[Arrays], padding: Mapping[str, int]) -> Arrays:
         shape = np.max([array.shape for array in arrays], axis=0)
         stacked = np.full((len(arrays), *shape), padding.get(name, 0), first.dtype)
         for row, array in enumerate(arrays):
-            stacked[(row, *(slice(size) for size in array.shape))] = array
+            inside: tuple[int | slice, ...] = (row, *(slice(size) for size in array.shape))
+            stacked[inside] = array
         batch[name] = stacked
     return batch
 

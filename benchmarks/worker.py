@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.memory import peak_rss_bytes
 
-Arrays = Mapping[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[Any]]
 Predictor = Callable[[Arrays], Arrays]
 
 REPLY_SECONDS: Final = 600.0

@@ -29,7 +29,7 @@ OPSET: Final = 21
 TOLERANCE: Final = 1e-3
 """Largest difference to torch, relative to the largest output, that an fp32 export may have."""
 
-Arrays = Mapping[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 def _imported() -> ModuleType | None:
@@ -77,10 +77,11 @@ def export(
         ExportError: the outputs differ by more than `TOLERANCE`.
     """
     import torch
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
 
     # Two rows and eight tokens at least: torch.export takes a size of 1 for a constant.
-    traced = {name: torch.from_numpy(np.asarray(array)) for name, array in samples[0].items()}
+    traced: dict[str, Any] = {name: torch.from_numpy(a) for name, a in samples[0].items()}
     longest = getattr(model.config, "max_position_embeddings", None) or 1 << 20
     limits = {"batch": (1, 1 << 20), "sequence": (2, longest)}
     dimensions = [torch.export.Dim(axis, min=limits[axis][0], max=limits[axis][1]) for axis in axes]
@@ -173,7 +174,7 @@ def predictor(path: Path, *, device: str, threads: int) -> Any:
     outputs = [output.name for output in session.get_outputs()]
     inputs = {node.name for node in session.get_inputs()}
 
-    def predict(arrays: Arrays) -> dict[str, NDArray[np.generic]]:
+    def predict(arrays: Arrays) -> dict[str, NDArray[Any]]:
         fed = {name: array for name, array in arrays.items() if name in inputs}
         return dict(zip(outputs, session.run(outputs, fed), strict=True))
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Kind = Literal["heads", "neurons"]
@@ -62,6 +62,11 @@ class Group:
     sizes: Mapping[str, Literal["units", "width"]]
     kept: tuple[int, ...]
     of: int
+
+    @property
+    def width(self) -> int:
+        """The number of the reader's inputs that belong to one unit."""
+        return matrix(self.reader).shape[1] // len(self.kept)
 
     @property
     def reader(self) -> nn.Module:
@@ -170,10 +175,11 @@ def groups(model: PreTrainedModel) -> list[Group]:
     kept_layers = cut["layers"]["kept"] if cut["layers"] else range(len(layers(model)))
     found = []
     for index, (layer, number) in enumerate(zip(layers(model), kept_layers, strict=True)):
-        for kind, name, inputs, output in (
+        parts: tuple[tuple[Kind, str, tuple[Matrix, ...], str], ...] = (
             ("heads", row.attention, row.attention_in, row.attention_out),
             ("neurons", row.ffn, row.ffn_in, row.ffn_out),
-        ):
+        )
+        for kind, name, inputs, output in parts:
             key = f"{row.layers}.{index}" + (f".{name}" if name else "")
             module = layer.get_submodule(name)
             known = cut[kind].get(key)
@@ -212,18 +218,26 @@ def units(model: PreTrainedModel) -> Units:
     )
 
 
-def features(linear: nn.Module) -> tuple[int, int]:
-    """Return the inputs and outputs of an `nn.Linear` or a GPT-2 `Conv1D` (in x out)."""
+def matrix(linear: nn.Module) -> Tensor:
+    """Return the weight of an `nn.Linear`, or of a GPT-2 `Conv1D` turned over `(O, I)`."""
     weight = linear.weight
-    rows, columns = weight.shape
-    return (columns, rows) if isinstance(linear, nn.Linear) else (rows, columns)
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(linear, nn.Linear) else weight.T
+
+
+def bias(linear: nn.Module) -> Tensor | None:
+    """Return the bias of an `nn.Linear` or a `Conv1D` `(O,)`, or None where it has none."""
+    found = linear.bias
+    assert found is None or isinstance(found, Tensor)
+    return found
 
 
 def _count(model: PreTrainedModel, kind: Kind, reader: nn.Module) -> int:
     if kind == "neurons":
-        return features(reader)[0]
-    config = model.config
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return matrix(reader).shape[1]
+    queries: int = model.config.num_attention_heads
+    key_values: int | None = getattr(model.config, "num_key_value_heads", None)
+    return key_values or queries
 
 
 def encode(kept: tuple[int, ...], of: int) -> list[int] | str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.machine import Unavailable
@@ -63,7 +64,7 @@ def load(
     kind = model_class(source, config, auto_class)
     config.update({name: options.pop(name) for name in ("id2label", "label2id") if name in options})
     try:
-        model, info = _pruned(kind).from_pretrained(
+        loaded: Any = _pruned(kind).from_pretrained(
             source, config=config, output_loading_info=True, use_safetensors=True, **options
         )
     except ValueError as error:
@@ -77,6 +78,8 @@ def load(
         if type(error).__name__ != "SafetensorError":
             raise
         raise ModelError(f"{source}: damaged weights: {_first_line(error)}") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
     if unexpected := sorted(info["unexpected_keys"]):
         raise ModelError(
             f"{source}: found {_few(unexpected)}, which {kind.__name__} does not have;"
@@ -85,7 +88,8 @@ def load(
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{source}: found NaN or infinity in {name}, expected numbers")
-    return model.eval(), sorted(info["missing_keys"])
+    model.eval()
+    return model, sorted(info["missing_keys"])
 
 
 def read_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
@@ -164,7 +168,7 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Predictor:
     if device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("target.device: found no CUDA device, expected one; use device: cpu")
     torch.set_num_threads(threads)
-    model = from_pretrained(folder).to(device)
+    model = nn.Module.to(from_pretrained(folder), device)
 
     def predict(inputs: Arrays) -> Arrays:
         tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}

@@ -11,8 +11,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
@@ -121,8 +120,8 @@ def _say(code: int, message: object) -> int:
 def _run(options: argparse.Namespace) -> int:
     from pipeline.runner import run
 
-    with _progress() as track:
-        report = run(options.recipe, options.output, fresh=options.fresh, track=track)
+    with _progress() as progress:
+        report = run(options.recipe, options.output, fresh=options.fresh, track=_Bars(progress))
     _show(report.to_json(), options)
     return CODES[report.verdict.outcome]
 
@@ -208,22 +207,25 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[Iterable[T], str, int], Iterable[T]]]:
-    """Give a `track` that shows a bar for every iteration that lasts."""
-    columns = (
+class _Bars:
+    """A `track` that shows a bar for every iteration that lasts."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __call__(self, items: Iterable[T], what: str, total: int) -> Iterable[T]:
+        yield from self._progress.track(items, total=total, description=what)
+
+
+def _progress() -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        console=err,
     )
-    with Progress(*columns, console=err) as progress:
-
-        def track(items: Iterable[T], what: str, total: int) -> Iterable[T]:
-            yield from progress.track(items, total=total, description=what)
-
-        yield track
 
 
 def _silence() -> None:

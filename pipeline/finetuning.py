@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     PreTrainedModel,
@@ -25,7 +25,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.modeling_outputs import ModelOutput
 
 from benchmarks.accuracy import Track, silent
 from benchmarks.tasks import IGNORED, Example, collate
@@ -86,7 +85,7 @@ def finetune(
     frozen = list(model.get_input_embeddings().parameters()) if freeze_embeddings else []
     frozen = [parameter for parameter in frozen if parameter.requires_grad]
     for parameter in frozen:
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad_(False)  # noqa: FBT003 - torch takes no keyword
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -121,7 +120,7 @@ def finetune(
         trainer.add_callback(_Watch(track))
         result = trainer.train()
     for parameter in frozen:
-        parameter.requires_grad_(requires_grad=True)
+        parameter.requires_grad_(True)  # noqa: FBT003
     model.eval()
     return float(result.training_loss)
 
@@ -212,15 +211,15 @@ class _Distiller(Trainer):
         super().__init__(**options)
         self._teacher = teacher
         if teacher is not None:
-            teacher.model.to(self.args.device).eval()
+            nn.Module.to(teacher.model, self.args.device).eval()
 
     def compute_loss(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,  # noqa: FBT001, FBT002 - the library's signature
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, ModelOutput]:
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
         """Return the loss of the module's formula."""
         del num_items_in_batch
         teacher = self._teacher

@@ -81,7 +81,7 @@ def prune_layers(model: PreTrainedModel, indices: Iterable[int]) -> None:
     for index, block in enumerate(blocks):
         for module in block.modules():
             if hasattr(module, "layer_idx"):  # where a decoder keeps this layer's cache
-                module.layer_idx = index
+                setattr(module, "layer_idx", index)  # noqa: B010 - mypy: not declared on Module
     config = model.config
     config.num_hidden_layers = len(left)
     if getattr(config, "layer_types", None):
@@ -125,21 +125,18 @@ def _prune(model: PreTrainedModel, kind: Kind, cuts: Cuts) -> None:
 
 def _cut(model: PreTrainedModel, group: Group, stays: list[int]) -> None:
     """Keep the units `stays` of the group, and write it down."""
-    places = positions(group, stays)
-    for matrix in group.inputs:
-        linear = group.module.get_submodule(matrix.path)
-        _slice(linear, "out", _index(linear, matrix, len(group.kept), places))
-    width = _unit_width(group)
+    places, width = positions(group, stays), group.width
+    for written in group.inputs:
+        linear = group.module.get_submodule(written.path)
+        _slice(linear, "out", _outputs(linear, written, len(group.kept), places))
     _slice(group.reader, "in", _expand(places, width))
     for attribute, meaning in group.sizes.items():
         owner, _, name = attribute.rpartition(".")
         size = len(stays) if meaning == "units" else len(stays) * width
         setattr(group.module.get_submodule(owner), name, size)
     cut = architectures.record(model)
-    cut[group.kind][group.key] = {
-        "kept": architectures.encode(tuple(stays), group.of),
-        "of": group.of,
-    }
+    kept = architectures.encode(tuple(stays), group.of)
+    cut[group.kind][group.key] = {"kept": kept, "of": group.of}
     model.config.pruning = cut
 
 
@@ -149,34 +146,28 @@ def positions(group: Group, numbers: Iterable[int]) -> Tensor:
     return torch.tensor([place[unit] for unit in numbers], dtype=torch.long)
 
 
-def _unit_width(group: Group) -> int:
-    return architectures.features(group.reader)[0] // len(group.kept)
-
-
 def _expand(places: Tensor, width: int) -> Tensor:
     """Return the indices of all `width` entries of the units at `places`."""
     return (places[:, None] * width + torch.arange(width)).flatten()
 
 
-def _index(linear: nn.Module, matrix: Matrix, count: int, places: Tensor) -> Tensor:
+def _outputs(linear: nn.Module, written: Matrix, count: int, places: Tensor) -> Tensor:
     """Return the outputs of a matrix that belong to the units at `places`, in every block."""
-    block = architectures.features(linear)[1] // matrix.blocks
+    block = architectures.matrix(linear).shape[0] // written.blocks
     within = _expand(places, block // count)
-    return torch.cat([within + start * block for start in range(matrix.blocks)])
+    return torch.cat([within + start * block for start in range(written.blocks)])
 
 
 def _slice(linear: nn.Module, side: Literal["in", "out"], index: Tensor) -> None:
     """Keep some inputs or outputs of an `nn.Linear` or a `Conv1D`."""
     is_linear = isinstance(linear, nn.Linear)
-    axis = 0 if (side == "out") == is_linear else 1
-    _keep(linear, "weight", axis, index)
+    _keep(linear, "weight", 0 if (side == "out") == is_linear else 1, index)
     if side == "out" and linear.bias is not None:
         _keep(linear, "bias", 0, index)
-    inputs, outputs = architectures.features(linear)
-    if is_linear:
-        linear.in_features, linear.out_features = inputs, outputs
-    else:
-        linear.nx, linear.nf = inputs, outputs
+    outputs, inputs = architectures.matrix(linear).shape
+    names = ("in_features", "out_features") if is_linear else ("nx", "nf")
+    for name, size in zip(names, (inputs, outputs), strict=True):
+        setattr(linear, name, size)
 
 
 def _keep(module: nn.Module, name: str, axis: int, index: Tensor) -> None:
@@ -276,24 +267,19 @@ def choose(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
 def _weights(group: Group) -> Tensor:
     """Return all parameters of each unit `(U, P)`."""
     count = len(group.kept)
-    parts = []
-    for matrix in group.inputs:
-        linear = group.module.get_submodule(matrix.path)
-        weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
-        blocks = weight.reshape(matrix.blocks, count, -1)
-        parts.extend(blocks)
-    reader = group.reader.weight if isinstance(group.reader, nn.Linear) else group.reader.weight.T
-    parts.append(reader.T.reshape(count, -1))
+    parts = [architectures.matrix(group.reader).T.reshape(count, -1)]
+    for written in group.inputs:
+        weight = architectures.matrix(group.module.get_submodule(written.path))
+        parts.extend(weight.reshape(written.blocks, count, -1))
     return torch.cat(parts, dim=1).detach()
 
 
 def _repair(group: Group, seen: calibration.Moments, places: Tensor) -> compensation.Repair:
-    reader = group.reader
-    weight = reader.weight if isinstance(reader, nn.Linear) else reader.weight.T
-    weight = weight.detach()
-    kept = _expand(places, _unit_width(group))
-    if reader.bias is not None:
-        weight = torch.cat([weight, reader.bias.detach()[:, None]], dim=1)
+    weight = architectures.matrix(group.reader).detach()
+    bias = architectures.bias(group.reader)
+    kept = _expand(places, group.width)
+    if bias is not None:
+        weight = torch.cat([weight, bias.detach()[:, None]], dim=1)
         kept = torch.cat([kept, torch.tensor([weight.shape[1] - 1])])
     return compensation.repair(weight, seen, kept)
 
@@ -301,7 +287,8 @@ def _repair(group: Group, seen: calibration.Moments, places: Tensor) -> compensa
 @torch.no_grad()
 def _write(reader: nn.Module, weight: Tensor) -> None:
     """Put a repaired weight `(O, K)`, the bias its last column if there is one, into the reader."""
-    if reader.bias is not None:
-        reader.bias.copy_(weight[:, -1])
+    bias = architectures.bias(reader)
+    if bias is not None:
+        bias.copy_(weight[:, -1])
         weight = weight[:, :-1]
-    reader.weight.copy_(weight if isinstance(reader, nn.Linear) else weight.T)
+    architectures.matrix(reader).copy_(weight)

@@ -73,7 +73,7 @@ def _check_vocabulary(work: Work, model: PreTrainedModel) -> None:
         for example in work.examples("gate")
         for window in example.windows
     )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
     if largest >= rows:
         raise ModelError(
             f"{work.recipe.model.source}: found token {largest}, expected less than {rows}, the"

@@ -111,7 +111,7 @@ def content(folder: Path) -> dict[str, dict[str, Any]]:
 
 def seal(folder: Path, about: Mapping[str, Any]) -> None:
     """Write the manifest of a finished folder, and sync all of it to the disk."""
-    manifest = {"files": content(folder), "about": dict(about)}
+    manifest: dict[str, Any] = {"files": content(folder), "about": dict(about)}
     manifest["sha256"] = fingerprint(manifest)
     text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
     (folder / MANIFEST).write_text(text, encoding="utf-8")

@@ -161,7 +161,8 @@ class Work:
                 )
             return names
         if self.has_head:
-            return [self.config.id2label[at] for at in range(self.config.num_labels)]
+            names_by_id: dict[Any, str] = dict(self.config.id2label or {})
+            return [names_by_id[at] for at in sorted(names_by_id)]
         return label_names(self.rows["train"] if "train" in self.rows else self.rows["gate"], role)
 
     def _check_lengths(self) -> None:

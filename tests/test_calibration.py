@@ -22,7 +22,7 @@ def test_mask_gradients_equal_autograd_on_a_mask(family):
 
     for group in groups[:2]:
         mask = torch.ones(2, counts[group.path], requires_grad=True)
-        width = architectures.features(group.reader)[0] // counts[group.path]
+        width = group.width
         handle = group.reader.register_forward_pre_hook(
             lambda _, args, mask=mask, width=width: (
                 args[0].reshape(2, -1, args[0].shape[-1])
@@ -55,6 +55,6 @@ def test_a_loss_that_is_not_a_number_is_an_error():
     model = tiny("bert")
     model.classifier.weight.data[0, 0] = torch.nan
     data = {**batch(), "labels": torch.tensor([0, 1])}
-    counts = {path: 1 for path in readers(model)}
+    counts = dict.fromkeys(readers(model), 1)
     with pytest.raises(FloatingPointError, match="scoring: found the loss nan"):
         mask_gradients(model, readers(model), counts, [data], total=1)

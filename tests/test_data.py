@@ -119,7 +119,7 @@ def test_an_empty_value_is_said(tmp_path):
 
 
 def test_wrong_files_are_said(tmp_path):
-    with pytest.raises(DataError, match="nowhere.csv: no such file or folder"):
+    with pytest.raises(DataError, match=r"nowhere\.csv: no such file or folder"):
         read(tmp_path / "nowhere.csv")
     (tmp_path / "data.docx").write_text("x")
     with pytest.raises(DataError, match=r"found a file of type '\.docx', expected one of"):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import batch, tiny
-from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline import (
@@ -30,11 +29,7 @@ def mask(model: PreTrainedModel, kind: str, removed: dict[int, list[int]]) -> No
     """Zero the readers' columns of units: what a cut must be equal to."""
     for group in architectures.groups(model):
         if group.kind == kind and group.layer in removed:
-            weight = (
-                group.reader.weight
-                if isinstance(group.reader, nn.Linear)
-                else group.reader.weight.T
-            )
+            weight = architectures.matrix(group.reader)
             width = weight.shape[1] // group.of
             for unit in removed[group.layer]:
                 weight.data[:, unit * width : (unit + 1) * width] = 0
@@ -189,7 +184,7 @@ def test_a_head_that_gives_nothing_goes_first(family, criterion, repair):
             for unit in dead[group.layer]:
                 for matrix in group.inputs:
                     linear = group.module.get_submodule(matrix.path)
-                    weight = linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+                    weight = architectures.matrix(linear)
                     blocks = weight.data.view(matrix.blocks, group.of, -1, weight.shape[1])
                     blocks[:, unit] *= 1e-3
     mask(model, "heads", dead)
