@@ -17,18 +17,15 @@ and scores compare only within one environment.
 This module does not know models, tokenizers or metrics.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util
 import re
 import warnings
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Final
 
 # Packages that the core dependencies bring along; networkx comes with torch, pandas with datasets.
 LABELS: Final = ("matplotlib", "networkx", "pandas", "sklearn", "sympy", "transformers")
@@ -84,6 +81,13 @@ def load() -> dict[str, list[dict[str, str]]]:
     for split, rows in splits.items():  # the split in the hash mixes the labels
         rows.sort(key=lambda row: _digest(split + row["text"]))
     return splits
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the data depend on: the packages', and this file's hash."""
+    names = {"sklearn": "scikit-learn"}
+    found = {label: metadata.version(names.get(label, label)) for label in LABELS}
+    return found | {"docstrings.py": _digest(Path(__file__).read_text(encoding="utf-8"))}
 
 
 def _texts(label: str, seen: set[str]) -> list[str]:

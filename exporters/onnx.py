@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +60,12 @@ def runtime() -> ModuleType:
 
 
 def export(
-    model: Any, samples: Sequence[Arrays], *, axes: Sequence[str], path: Path, fuse_for: str | None
+    model: Any,
+    samples: Sequence[Arrays],
+    *,
+    axes: Sequence[str],
+    path: Path,
+    fuse_for: Literal["cpu", "cuda"] | None,
 ) -> float:
     """Write the model to `path` and return its largest relative difference to torch.
 

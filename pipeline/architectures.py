@@ -236,8 +236,9 @@ def _count(model: PreTrainedModel, kind: Kind, reader: nn.Module) -> int:
     if kind == "neurons":
         return matrix(reader).shape[1]
     queries: int = model.config.num_attention_heads
+    # Some families have the attribute and leave it None.
     key_values: int | None = getattr(model.config, "num_key_value_heads", None)
-    return key_values or queries
+    return queries if key_values is None else key_values
 
 
 def encode(kept: tuple[int, ...], of: int) -> list[int] | str:

@@ -133,7 +133,8 @@ def _show(text: str, options: argparse.Namespace) -> None:
 
     report = json.loads(text)
     header, rows = table(report, intervals=False)
-    shown = Table(*header[:1], box=None, pad_edge=False, header_style="bold")
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column(header[0], no_wrap=True)
     for name in header[1:]:
         shown.add_column(name, justify="right")
     for row in rows:
