@@ -1,6 +1,6 @@
 # make demo   the whole pipeline on a real model, on CPU
 # make test   the tests
-# make check  formatter, linters, types, layers
+# make check  formatter, linters, types, layers, recipes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,6 +19,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/secateur check configs/*.yaml
 
 # Installs once, and again when the dependencies change.

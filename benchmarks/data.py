@@ -67,11 +67,11 @@ def load(
 
 def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
     path = Path(source).expanduser()
-    if source in BUILTIN:
-        return {name: datasets.Dataset.from_list(rows) for name, rows in BUILTIN[source]().items()}
-    if source.startswith("builtin:"):
+    if source.startswith("builtin:") and source not in BUILTIN:
         raise DataError(f"{source}: no such built-in data, expected one of {sorted(BUILTIN)}")
     try:
+        if source in BUILTIN:
+            return _read_builtin(source)
         if path.is_file():
             return _read_file(path)
         if path.is_dir():
@@ -87,7 +87,7 @@ def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{source}: cannot be read as data: {_first_line(error)}") from error
+        raise DataError(f"{source}: cannot be read as data: {_first_line(error.__cause__ or error)}") from error
 
 
 def _read_builtin(source: str) -> Mapping[str, datasets.Dataset]:

@@ -52,8 +52,8 @@ _MARKUP: Final = re.compile(
     r"\[\d+\]_|\]\([^)]*\)|https?://\S+|:[a-z:]+:(?=`)|[`*$\[\]]|(?<![\w.])[~.]+(?=[A-Za-z])"
 )
 _END_OF_PROSE: Final = re.compile(
-    r"^\s*(?:(?:Arg(?:ument)?s|Attributes|Examples?|Explanation|Notes?|Parameters|Raises"
-    r"|References|Returns|See Also|Usage|Yields)\b *:? *$|[-=~^]{3,}|>>>|```|\.\. |[:@]param\b)",
+    r":: *$|^\s*(?:(?:Arg(?:ument)?s|Attributes|Examples?|Explanation|Notes?|Parameters|Raises"
+    r"|References|Returns|See Also|Usage|Yields)\b *:? *$|[-=~^+|]{3,}|>>>|```|\.\. |[:@]param\b)",
     re.IGNORECASE | re.MULTILINE,
 )
 # A word of prose: not part of an identifier, a path or a number.

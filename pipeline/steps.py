@@ -157,12 +157,15 @@ def export(work: Work, before: Artifact) -> Entry:
         model = checkpoint.from_pretrained(before.entry.folder)
         model.config.use_cache = False
         (folder / onnx.MODEL).parent.mkdir()
-        difference = onnx.export(
-            model,
-            _samples(work),
-            axes=work.task.axes,
-            path=folder / onnx.MODEL,
-            fuse_for=work.recipe.target.device,
+        (difference,) = (
+            onnx.export(
+                model,
+                _samples(work),
+                axes=work.task.axes,
+                path=folder / onnx.MODEL,
+                fuse_for=work.recipe.target.device,
+            )
+            for _ in work.track(range(1), "exporting", 1)
         )
         _copy_around(before.entry.folder, folder)
         return _known(before) | {"details": {"difference_to_torch": difference}}
@@ -178,11 +181,14 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     def make(folder: Path) -> dict[str, Any]:
         (folder / onnx.MODEL).parent.mkdir()
         reduce_range = work.machine.saturates
-        count = METHODS[step.method](
-            source.folder / onnx.MODEL,
-            folder / onnx.MODEL,
-            embeddings=step.embeddings,
-            reduce_range=reduce_range,
+        (count,) = (
+            METHODS[step.method](
+                source.folder / onnx.MODEL,
+                folder / onnx.MODEL,
+                embeddings=step.embeddings,
+                reduce_range=reduce_range,
+            )
+            for _ in work.track(range(1), "quantizing", 1)
         )
         _copy_around(source.folder, folder)
         details = {"integer_products": count, "reduce_range": reduce_range}

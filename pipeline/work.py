@@ -72,12 +72,15 @@ class Work:
         self.processor = sources.processor(self.source, self.task.processor, revision)
         self.padding = padding(self.processor)
         self._check_lengths()
-        self.rows = load_data(
-            recipe.task.data,
-            subset=recipe.task.subset,
-            splits=recipe.task.splits.model_dump(exclude_none=True),
-            columns=self._columns(),
-            overlap=recipe.task.overlap,
+        (self.rows,) = (
+            load_data(
+                recipe.task.data,
+                subset=recipe.task.subset,
+                splits=recipe.task.splits.model_dump(exclude_none=True),
+                columns=self._columns(),
+                overlap=recipe.task.overlap,
+            )
+            for _ in track(range(1), "reading data", 1)
         )
         self.labels = self._label_names()
         self._examples: dict[str, list[Example]] = {}

@@ -1,0 +1,226 @@
+"""A worker measures in its own process; whatever happens to it is a clear error."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from benchmarks import worker as workers
+from benchmarks.accuracy import Outcomes, evaluate, fidelity
+from benchmarks.speed import compare, percentiles, ratio
+from benchmarks.tasks import TASKS, Example, Window
+from benchmarks.worker import Worker, WorkerError, next_token
+
+# Predictors of known cost and behaviour, opened in the worker by name.
+PREDICTORS = """
+import os, time
+import numpy as np
+
+def sleeper(folder, *, device, threads):
+    seconds = float(folder.name)
+    def predict(inputs):
+        time.sleep(seconds)
+        return {"logits": np.eye(2, dtype=np.float32)[inputs["input_ids"][:, 0] % 2]}
+    return predict
+
+def eater(folder, *, device, threads):
+    size = int(folder.name) << 20
+    def predict(inputs):
+        np.ones(size, np.uint8)
+        return {}
+    return predict
+
+def talker(folder, *, device, threads):
+    print("a library prints")
+    return lambda inputs: print("and again") or {"logits": np.zeros((1, 2), np.float32)}
+
+def crasher(folder, *, device, threads):
+    def predict(inputs):
+        raise RuntimeError("the runtime gave up")
+    return predict
+
+def killed(folder, *, device, threads):
+    return lambda inputs: os.kill(os.getpid(), 9)
+
+def broken(folder, *, device, threads):
+    raise ValueError("no such artifact")
+
+def hanging(folder, *, device, threads):
+    return lambda inputs: time.sleep(60)
+"""
+INPUTS = {"input_ids": np.asarray([[1, 2, 3]])}
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """Give a function that opens a worker on one of the predictors above."""
+    (tmp_path / "known_predictors.py").write_text(PREDICTORS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    started: list[Worker] = []
+
+    def open_(name: str, folder: str = "x") -> Worker:
+        worker = Worker(f"known_predictors:{name}", Path(folder), device="cpu", threads=1)
+        started.append(worker)
+        return worker
+
+    yield open_
+    for worker in started:
+        worker.close()
+
+
+def test_latency_is_the_time_of_the_call(opened):
+    worker = opened("sleeper", "0.02")
+    worker.hold(0, INPUTS)
+    latencies = worker.time(0, 5)
+    assert len(latencies) == 5
+    assert all(20e6 <= latency < 60e6 for latency in latencies)
+
+
+def test_predictions_come_back(opened):
+    worker = opened("sleeper", "0")
+    found = worker.predict({"input_ids": np.asarray([[1, 2], [4, 4]])})
+    assert found["logits"].tolist() == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("megabytes", [64, 256])
+def test_peak_memory_is_what_was_allocated(opened, megabytes):
+    held = bytearray(os.urandom(1 << 20)) * 300  # the parent's own memory does not count
+    worker = opened("eater", str(megabytes))
+    before = worker.peak_rss_bytes()
+    worker.hold(0, INPUTS)
+    worker.time(0, 1)
+    assert worker.peak_rss_bytes() - before == pytest.approx(megabytes << 20, rel=0.02, abs=2 << 20)
+    assert before < 200 << 20 < len(held)
+
+
+def test_what_libraries_print_does_not_matter(opened):
+    assert opened("talker").predict(INPUTS)["logits"].shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("crasher", "x .*ended with status 1: RuntimeError: the runtime gave up"),
+        ("killed", "ended by SIGKILL; it may have run out of memory"),
+    ],
+)
+def test_a_call_that_ends_the_process_is_an_error(opened, name, message):
+    worker = opened(name)
+    with pytest.raises(WorkerError, match=message):
+        worker.predict(INPUTS)
+    with pytest.raises(WorkerError, match="ended"):
+        worker.peak_rss_bytes()
+
+
+def test_an_artifact_that_does_not_open_is_an_error(opened):
+    with pytest.raises(WorkerError, match="status 1: ValueError: no such artifact"):
+        opened("broken")
+
+
+def test_a_hung_call_is_an_error_and_leaves_no_process(opened, monkeypatch):
+    worker = opened("hanging")
+    monkeypatch.setattr(workers, "REPLY_SECONDS", 0.5)
+    with pytest.raises(WorkerError, match="no reply within"), worker:
+        worker.predict(INPUTS)
+    time.sleep(0.1)
+    lines = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    assert not [line for line in lines if "hanging" in line]
+
+
+def test_the_slower_is_called_slower(opened):
+    pair = {"fast": opened("sleeper", "0.010"), "slow": opened("sleeper", "0.015")}
+    (fast, slow) = (rounds[0] for rounds in compare(pair, [INPUTS], rounds=8, seconds=60).values())
+    found = ratio(fast, slow)
+    assert found.low <= found.value <= found.high < 0.9
+    assert found.value == pytest.approx(2 / 3, rel=0.1)
+
+
+def test_one_artifact_twice_is_a_tie(opened):
+    pair = {"a": opened("sleeper", "0.010"), "b": opened("sleeper", "0.010")}
+    found = ratio(*(rounds[0] for rounds in compare(pair, [INPUTS], rounds=8, seconds=60).values()))
+    assert found.value == pytest.approx(1.0, abs=0.05)
+
+
+def test_time_runs_out_but_not_before_six_rounds(opened):
+    (rounds,) = compare(
+        {"a": opened("sleeper", "0.01")}, [INPUTS], rounds=50, seconds=1e-3
+    ).values()
+    assert len(rounds[0]) == 6
+
+
+def test_ratio_has_the_exact_interval_of_a_median():
+    baseline = [[float(at)] for at in range(1, 12)]
+    found = ratio(baseline, [[1.0]] * 11)
+    # n = 11: the 2nd and the 10th order statistic cover the median with 98.8 %, the 3rd with 93.5.
+    assert (found.low, found.value, found.high) == (2.0, 6.0, 10.0)
+    with pytest.raises(ValueError, match="found 11 and 3 rounds"):
+        ratio(baseline, [[1.0]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("samples", "known"),
+    [(28, ()), (29, ("p90",)), (59, ("p90", "p95")), (299, ("p90", "p95", "p99"))],
+)
+def test_a_percentile_needs_enough_samples(samples, known):
+    found = percentiles([float(at) for at in range(samples)])
+    assert [name for name in ("p90", "p95", "p99") if getattr(found, name) is not None] == [*known]
+    assert found.p50 == (samples - 1) / 2
+
+
+def test_next_token_is_the_cross_entropy_of_torch():
+    import torch
+
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
+    found = next_token({"input_ids": ids.numpy()}, {"logits": logits.numpy()})
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
+    np.testing.assert_allclose(found["nll"].ravel(), expected.numpy(), rtol=1e-5)
+    assert (found["next_token"] == logits[:, :-1].argmax(-1).numpy()).all()
+
+
+def examples(labels):
+    return [
+        Example(
+            f"{at:064x}",
+            (Window({"input_ids": np.asarray([at, *[9] * (at % 4)])}, {}),),
+            {"label": label},
+        )
+        for at, label in enumerate(labels)
+    ]
+
+
+def test_evaluation_keeps_the_order_of_the_examples(opened, tmp_path):
+    labels = [at % 2 for at in range(70)]
+    labels[3] = labels[50] = 7
+    found = evaluate(opened("sleeper", "0"), TASKS["text-classification"], examples(labels), {})
+    assert found.columns["prediction"].tolist() == [at % 2 for at in range(70)]
+    assert np.flatnonzero(found.columns["prediction"] != found.columns["label"]).tolist() == [3, 50]
+    found.save(tmp_path / "outcomes.safetensors")
+    loaded = Outcomes.load(tmp_path / "outcomes.safetensors")
+    assert loaded.ids == found.ids
+    assert (loaded.log_probabilities == found.log_probabilities).all()
+
+
+def outcomes(decisions, probabilities) -> Outcomes:
+    return Outcomes(
+        ids=("a", "b"),
+        columns={"prediction": np.asarray(decisions), "label": np.asarray([0, 0])},
+        decisions=np.asarray(decisions),
+        log_probabilities=np.log(np.asarray(probabilities, np.float32)),
+    )
+
+
+def test_fidelity_counts_by_hand():
+    before = outcomes([0, 1], [[0.5, 0.5], [0.25, 0.75]])
+    after = outcomes([0, 0], [[0.5, 0.5], [0.75, 0.25]])
+    found = fidelity(before, after, lambda c: c["prediction"] == c["label"])
+    assert (found.agreement, found.flips) == (0.5, 1)
+    assert found.kl_mean == pytest.approx(0.5 * np.log(3) / 2)
+    other = Outcomes(("a", "c"), after.columns, after.decisions, None)
+    with pytest.raises(ValueError, match="expected the same examples"):
+        fidelity(before, other, None)
