@@ -39,6 +39,12 @@ def silent(items: Iterable[T], what: str, total: int) -> Iterable[T]:
     return items
 
 
+def once(track: Track, what: str, act: Callable[[], T]) -> T:
+    """Return what `act` returns, and show that it lasts."""
+    (result,) = [act() for _ in track(range(1), what, 1)]
+    return result
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What each example came to: `ids` `(N,)`, `columns` `(N,)` each, decisions `(D,)`."""
@@ -106,6 +112,11 @@ def evaluate(
         batch = places[start : start + BATCH]
         inputs = collate([examples[n].windows[w].inputs for n, w in batch], padding)
         predicted = worker.predict(inputs, reduction=task.reduction)
+        for name, array in predicted.items():
+            if not np.all(np.isfinite(array)):
+                raise FloatingPointError(
+                    f"evaluating: found NaN or infinity in the output {name!r}, expected numbers"
+                )
         for row, place in enumerate(batch):
             outputs[place] = {name: array[row] for name, array in predicted.items()}
     return _gather(

@@ -87,7 +87,10 @@ def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
     except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{source}: cannot be read as data: {_first_line(error.__cause__ or error)}") from error
+        if isinstance(error.__cause__, OSError):  # no space left for the cache, say
+            raise error.__cause__ from None
+        reason = _first_line(error.__cause__ or error)
+        raise DataError(f"{source}: cannot be read as data: {reason}") from error
 
 
 def _read_builtin(source: str) -> Mapping[str, datasets.Dataset]:
@@ -145,19 +148,39 @@ def _rows(
                     f" {role}; name it under task.columns"
                 )
         names = {
-            role: feature.names
+            role: found
             for role, column in columns.items()
-            if isinstance(feature := table.features[column], datasets.ClassLabel)
+            if (found := _class_names(table.features[column])) is not None
         }
         for record in table.select(range(part.from_, part.to)):
             row = {role: record[column] for role, column in columns.items()}
-            for role, label_names in names.items():
-                row[role] = label_names[row[role]]
+            for role, class_names in names.items():
+                row[role] = _named(row[role], class_names, f"{where}: column {columns[role]!r}")
             if any(value is None for value in row.values()):
                 missing = [columns[role] for role, value in row.items() if value is None]
                 raise DataError(f"{where}: found an empty value in column {missing[0]!r}")
             rows.append({**row, "id": _content_hash(row)})
     return rows
+
+
+def _class_names(feature: object) -> list[str] | None:
+    """Return the names of a class label, or of a list of class labels."""
+    inner = getattr(feature, "feature", feature)
+    return list(inner.names) if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _named(value: Any, names: Sequence[str], where: str) -> Any:
+    """Return the names of ids, as deep as they lie."""
+    if isinstance(value, list):
+        return [_named(item, names, where) for item in value]
+    if value is None:
+        return None
+    if not 0 <= value < len(names):
+        raise DataError(
+            f"{where}: found the label {value}, expected 0 to {len(names) - 1}; this split may hide"
+            " its labels"
+        )
+    return names[value]
 
 
 def _content_hash(row: Row) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 from scipy.special import log_softmax
 from seqeval.metrics.sequence_labeling import get_entities
 
@@ -124,11 +125,18 @@ def _inputs(encoding: Mapping[str, Sequence[Any]], row: int) -> Arrays:
     return {name: np.asarray(encoding[name][row], np.int64) for name in names if name in encoding}
 
 
+def _texts(rows: Sequence[Row], role: str) -> list[str]:
+    for row in rows:
+        if not isinstance(row[role], str):
+            raise DataError(f"{role}: found {row[role]!r}, expected text")
+    return [row[role] for row in rows]
+
+
 def _encode_text(
     rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
 ) -> list[Example]:
-    pairs = [row["text_pair"] for row in rows] if "text_pair" in rows[0] else None
-    texts = [row["text"] for row in rows]
+    pairs = _texts(rows, "text_pair") if "text_pair" in rows[0] else None
+    texts = _texts(rows, "text")
     encoding = processor(texts, pairs, truncation=True, max_length=max_length)
     examples = []
     for index, row in enumerate(rows):
@@ -144,6 +152,11 @@ def _encode_images(
     del max_length
     examples = []
     for row in rows:
+        if not isinstance(row["image"], Image):
+            found = type(row["image"]).__name__
+            raise DataError(
+                f"image: found {found}, expected images; a folder of them is read as such"
+            )
         pixels = processor(row["image"].convert("RGB"), return_tensors="np")["pixel_values"][0]
         label = _label_id(row["label"], labels, "label")
         window = Window(
@@ -167,19 +180,34 @@ def _judge_class(example: Example, outputs: Sequence[Arrays]) -> Judgement:
 def _encode_tokens(
     rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
 ) -> list[Example]:
+    if wrong := [name for name in labels if not re.fullmatch("O|[BIESLU]-.+", name)]:
+        raise DataError(
+            f"tags: found the label {wrong[0]!r}, expected O, B-person, I-person and the like; name"
+            " the labels in the order of the model's ids under task.labels"
+        )
     words = [list(row["tokens"]) for row in rows]
     encoding = processor(words, is_split_into_words=True, truncation=True, max_length=max_length)
     examples = []
     for index, row in enumerate(rows):
         tags = [_label_id(tag, labels, "tags") for tag in row["tags"]]
+        if len(tags) != len(row["tokens"]):
+            raise DataError(
+                f"tags: found {len(tags)} for {len(row['tokens'])} tokens, expected as many"
+            )
         ids = encoding.word_ids(index)
         # The first piece of a word carries its tag.
-        targets = [
-            tags[word] if word is not None and word != before else IGNORED
+        firsts = [
+            word if word is not None and word != before else None
             for before, word in zip([None, *ids], ids, strict=False)
         ]
+        targets = [IGNORED if word is None else tags[word] for word in firsts]
         window = Window(_inputs(encoding, index), {"labels": np.asarray(targets, np.int64)})
-        examples.append(Example(row["id"], (window,), {"tags": tags, "names": tuple(labels)}))
+        reference = {
+            "tags": [labels[tag] for tag in tags],
+            "names": tuple(labels),
+            "words": [word for word in firsts if word is not None],
+        }
+        examples.append(Example(row["id"], (window,), reference))
     return examples
 
 
@@ -187,10 +215,12 @@ def _judge_tags(example: Example, outputs: Sequence[Arrays]) -> Judgement:
     targets = example.windows[0].labels["labels"]
     logits = outputs[0]["logits"][: len(targets)][targets != IGNORED]
     decisions = np.argmax(logits, axis=-1)
-    names, tags = example.reference["names"], example.reference["tags"]
-    # Words behind the truncation were not seen: they count as outside.
-    seen = [names[tag] for tag in decisions] + ["O"] * (len(tags) - len(decisions))
-    found, expected = (set(get_entities(seen)), set(get_entities([names[tag] for tag in tags])))
+    tags, names = example.reference["tags"], example.reference["names"]
+    # Words that were not seen, behind the truncation for one, count as outside.
+    seen = ["O"] * len(tags)
+    for word, decision in zip(example.reference["words"], decisions, strict=True):
+        seen[word] = names[decision]
+    found, expected = set(get_entities(seen)), set(get_entities(tags))
     return Judgement(
         {
             "true_positives": len(found & expected),
@@ -218,6 +248,11 @@ def _encode_questions(
             return_offsets_mapping=True,
         )
         answers = row["answers"]
+        if not answers["text"]:
+            raise DataError(
+                "answers: found a question without an answer, expected at least one; leave such"
+                " questions out"
+            )
         start = int(answers["answer_start"][0])
         end = start + len(answers["text"][0])
         windows, offsets = [], []
@@ -296,7 +331,7 @@ def _encode_stories(
     del labels
     begin = getattr(processor, "bos_token_id", None)
     begin = [] if begin is None else [begin]
-    texts = [row["text"] for row in rows]
+    texts = _texts(rows, "text")
     encoding = processor(texts, add_special_tokens=False)["input_ids"]
     examples = []
     for row, ids in zip(rows, encoding, strict=True):

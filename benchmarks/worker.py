@@ -52,7 +52,16 @@ class Worker:
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
         limits["OMP_WAIT_POLICY"] = "PASSIVE"
         self._process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [sys.executable, "-m", "benchmarks.worker", opener, str(folder), device, str(threads)],
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.worker",
+                opener,
+                str(folder.resolve()),
+                device,
+                str(threads),
+            ],
+            cwd=Path(__file__).parents[1],  # `-m` looks there first: for us, not for a namesake
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

@@ -199,19 +199,22 @@ def open_session(path: Path, *, device: str, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
-    try:
-        session = ort.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:
-        # All of ONNX Runtime's errors derive from Exception alone.
-        if not type(error).__module__.startswith("onnxruntime"):
-            raise
-        raise ExportError(f"{path}: ONNX Runtime cannot open it: {error}") from error
-    if session.get_providers()[0] != provider:
-        raise RuntimeError(
-            f"target.device: found {session.get_providers()[0]}, expected {provider};"
-            " install the extra `gpu` and a CUDA driver, or use device: cpu"
-        )
-    return session
+    found = ort.get_available_providers()
+    if provider in found:
+        try:
+            session = ort.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:
+            # All of ONNX Runtime's errors derive from Exception alone.
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise ExportError(f"{path}: ONNX Runtime cannot open it: {error}") from error
+        found = session.get_providers()
+        if found[0] == provider:
+            return session
+    raise RuntimeError(
+        f"target.device: found {found[0]}, expected {provider}; install the extra `gpu` and a CUDA"
+        " driver, or use device: cpu"
+    )
 
 
 @contextlib.contextmanager

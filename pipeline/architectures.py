@@ -227,7 +227,8 @@ def matrix(linear: nn.Module) -> Tensor:
 
 def bias(linear: nn.Module) -> Tensor | None:
     """Return the bias of an `nn.Linear` or a `Conv1D` `(O,)`, or None where it has none."""
-    return linear.bias  # type: ignore[return-value] - None is not declared on Module
+    found: Tensor | None = getattr(linear, "bias", None)
+    return found
 
 
 def _count(model: PreTrainedModel, kind: Kind, reader: nn.Module) -> int:

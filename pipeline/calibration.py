@@ -58,7 +58,8 @@ def mask_gradients(
     """Return dL_n/dx_u for every window n and unit u `(N, U)`, from one backward pass a batch.
 
     x_u = 1 is a mask on the unit's slice s of the reader's input; its gradient is the sum of
-    s * dL/ds over tokens and slice. L_n is the window's own loss.
+    s * dL/ds over tokens and slice. The L_n add up to the model's own loss of the batch, a mean,
+    times the windows of the batch: for a loss over tokens a longer window has a larger part.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -95,16 +96,15 @@ class Moments:
     """Second moments of a reader's input, with a 1 behind it where the reader has a bias.
 
     `fit` and `held_out` are sums of x xT in float64 `(I, I)` or `(I+1, I+1)`, over different
-    examples; `tokens` counts those of `fit`.
+    windows.
     """
 
     fit: Tensor
     held_out: Tensor
-    tokens: int
 
 
 HELD_OUT_EVERY = 5
-"""One batch of so many is held out, to choose the regularisation on."""
+"""One window of so many is held out, to choose the regularisation on."""
 
 
 @torch.no_grad()
@@ -116,26 +116,39 @@ def moments(
     total: int,
     track: Track = silent,
 ) -> dict[str, Moments]:
-    """Return the second moments of every reader's input, over the tokens that are not padding."""
+    """Return the second moments of every reader's input, over the tokens that are not padding.
+
+    Raises:
+        FloatingPointError: an input is not finite.
+    """
     model.eval()
-    sums: dict[str, list[Tensor]] = {}
-    tokens = [0, 0]
-    mask: Tensor | None = None
-    part = 0
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    parts: tuple[Tensor, Tensor]
+    count = 0
 
     def see(name: str, states: Tensor) -> None:
-        rows = states[mask] if mask is not None else states.reshape(-1, states.shape[-1])
-        rows = rows.double()
+        rows = states.double()
         if readers[name].bias is not None:
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+            rows = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
         if name not in sums:
-            sums[name] = [rows.new_zeros(rows.shape[1], rows.shape[1]) for _ in range(2)]
-        sums[name][part].addmm_(rows.T, rows)
+            width = rows.shape[-1]
+            sums[name] = rows.new_zeros(width, width), rows.new_zeros(width, width)
+        for moment, chosen in zip(sums[name], parts, strict=True):
+            part = rows[chosen].reshape(-1, rows.shape[-1])
+            moment.addmm_(part.T, part)
 
     with watching(readers, see):
-        for index, batch in enumerate(track(data, "second moments", total)):
-            part = int(index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
-            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
-            tokens[part] += int(mask.sum()) if mask is not None else len(next(iter(batch.values())))
+        for batch in track(data, "second moments", total):
+            size = len(next(iter(batch.values())))
+            held_out = torch.arange(count, count + size) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            count += size
+            parts = ~held_out, held_out
+            if "attention_mask" in batch:
+                tokens = batch["attention_mask"].bool()
+                parts = tokens & ~held_out[:, None], tokens & held_out[:, None]
             model(**batch)
-    return {name: Moments(fit, held_out, tokens[0]) for name, (fit, held_out) in sums.items()}
+    found = {name: Moments(*both) for name, both in sums.items()}
+    for name, moment in found.items():
+        if not torch.isfinite(moment.fit).all():
+            raise FloatingPointError(f"{name}: found NaN or infinity, expected numbers")
+    return found

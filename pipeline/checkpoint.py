@@ -8,6 +8,7 @@ written, and no code that comes with a model is run.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,11 @@ def load(
         raise ModelError(f"{source}: damaged weights: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    if unexpected := sorted(info["unexpected_keys"]):
+    unexpected = sorted(info["unexpected_keys"])
+    if info["missing_keys"]:
+        # A backbone that gets a new head may leave its old one behind, but none of its layers.
+        unexpected = [name for name in unexpected if re.search(r"\.\d+\.", name)]
+    if unexpected:
         raise ModelError(
             f"{source}: found {_few(unexpected)}, which {kind.__name__} does not have;"
             " the files are of another model or of a larger one"

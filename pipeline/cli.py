@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
     options = _parser().parse_args(arguments)
     _silence()
-    sys.exit(_guarded(options.command, options))
+    sys.exit(_guarded(lambda: options.command(options)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/<recipe>")
     run.add_argument("--fresh", action="store_true", help="do every step again")
     run.set_defaults(command=_run)
-    check = commands.add_parser("check", help="read recipes, and say what would run")
+    check = commands.add_parser("check", help="resolve recipes, and say what would run")
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
     check.set_defaults(command=_check)
     doctor = commands.add_parser("doctor", help="what this machine can run")
@@ -67,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _guarded(command: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Return the command's exit code; errors that a user can mend are shown as one line."""
+def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of error
+    """Return the exit code of what is done; errors that a user can mend are shown as one line."""
+    from safetensors import SafetensorError
+
     from benchmarks.data import DataError
     from benchmarks.machine import Unavailable
     from benchmarks.worker import WorkerError
@@ -79,37 +82,42 @@ def _guarded(command: Callable[[argparse.Namespace], int], options: argparse.Nam
     from pipeline.quantization import QuantizationError
     from pipeline.recipe import RecipeError
 
-    codes: dict[int, tuple[type[Exception], ...]] = {
-        WRONG: (RecipeError, DataError, ModelError, EvidenceError),
-        UNAVAILABLE: (Unavailable, MissingDependency),
-        FAILED: (
-            WorkerError,
-            TrainingError,
-            ExportError,
-            QuantizationError,
-            FloatingPointError,
-            MemoryError,
-        ),
-    }
+    wrong = (RecipeError, DataError, ModelError, EvidenceError)
+    unavailable = (Unavailable, MissingDependency)
+    failed = (
+        WorkerError,
+        TrainingError,
+        ExportError,
+        QuantizationError,
+        FloatingPointError,
+        MemoryError,
+        SafetensorError,
+    )
     try:
-        return command(options)
-    except tuple(kind for kinds in codes.values() for kind in kinds) as error:
-        code = next(code for code, kinds in codes.items() if isinstance(error, kinds))
-        return _say(code, str(error) or "out of memory; choose a smaller batch or model")
+        return act()
+    except wrong as error:
+        return _say(WRONG, error)
+    except unavailable as error:
+        return _say(UNAVAILABLE, error)
+    except failed as error:
+        return _say(FAILED, str(error) or "out of memory; choose a smaller batch or model")
     except OSError as error:
         return _say(*_disk(error))
     except KeyboardInterrupt:
         return _say(INTERRUPTED, "interrupted; run the same command again to go on")
+    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
+        err.print_exception()
+        return _say(FAILED, f"{type(error).__name__}: {error}; what is above is for a bug report")
 
 
 def _disk(error: OSError) -> tuple[int, str]:
-    """Return code and message for a file that cannot be written or read; raise any other error."""
+    """Return code and message for a file that cannot be written or read."""
     where = error.filename or "output"
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return FAILED, f"{where}: no space left; free some, and run the same command again"
     if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
         return WRONG, f"{where}: cannot be written or read: {error.strerror}"
-    raise error
+    return FAILED, f"{where}: {error}"
 
 
 def _say(code: int, message: object) -> int:
@@ -130,13 +138,14 @@ def _show(text: str, options: argparse.Namespace) -> None:
     import json
 
     from pipeline.report import check_line, table
+    from pipeline.runner import default_output
 
     report = json.loads(text)
     header, rows = table(report, intervals=False)
     shown = Table(box=None, pad_edge=False, header_style="bold")
     shown.add_column(header[0], no_wrap=True)
     for name in header[1:]:
-        shown.add_column(name, justify="right")
+        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
     out.print()
@@ -150,48 +159,33 @@ def _show(text: str, options: argparse.Namespace) -> None:
         out.print(f"  [{COLOURS[check['outcome']]}]{escape(check_line(check))}[/]", soft_wrap=True)
     outcome = verdict["outcome"]
     out.print(f"[bold {COLOURS[outcome]}]{outcome}[/] against {report['baseline']}")
-    folder = options.output or Path("runs", options.recipe.stem)
+    folder = options.output or default_output(options.recipe)
     kept = "artifact" if outcome == "pass" else "not published, last stage"
     out.print(f"{kept}: {escape(report['artifact'])}", soft_wrap=True)
     out.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
 
 
 def _check(options: argparse.Namespace) -> int:
-    from exporters import MissingDependency
-    from pipeline.recipe import Recipe, RecipeError
-
-    code = 0
-    for path in options.recipes:
-        try:
-            recipe = Recipe.from_yaml(path)
-        except RecipeError as error:
-            code = _say(WRONG, error)
-            continue
-        target = recipe.target
-        out.print(
-            f"{escape(str(path))}: {escape(recipe.model.source)}, {recipe.task.kind}",
-            soft_wrap=True,
-        )
-        for name, step in zip(recipe.stage_names, recipe.steps, strict=True):
-            fields = step.model_dump(exclude={"step"}, exclude_none=True)
-            settings = ", ".join(f"{key} {value}" for key, value in fields.items())
-            out.print(f"  {name}: {escape(settings)}", soft_wrap=True)
-        out.print(
-            f"  target: {target.runtime} on {target.device}; baseline: {escape(recipe.baseline)}"
-        )
-        try:
-            _check_target(recipe)
-        except (MissingDependency, RuntimeError) as error:
-            code = code or _say(UNAVAILABLE, f"{path}: {error}")
-    return code
+    return max(_guarded(partial(_check_one, path)) for path in options.recipes)
 
 
-def _check_target(recipe: object) -> None:
+def _check_one(path: Path) -> int:
     from pipeline.recipe import Recipe
-    from pipeline.runner import check_target
+    from pipeline.runner import check
 
-    assert isinstance(recipe, Recipe)
-    check_target(recipe)
+    recipe = Recipe.from_yaml(path)
+    target, name = recipe.target, escape(str(path))
+    out.print(f"{name}: {escape(recipe.model.source)}, {recipe.task.kind}", soft_wrap=True)
+    for stage, step in zip(recipe.stage_names, recipe.steps, strict=True):
+        fields = step.model_dump(exclude={"step"}, exclude_none=True)
+        settings = ", ".join(f"{key} {value}" for key, value in fields.items())
+        out.print(f"  {stage}: {escape(settings)}", soft_wrap=True)
+    out.print(f"  target: {target.runtime} on {target.device}; baseline: {recipe.baseline}")
+    with _progress() as progress:
+        examples = check(recipe, track=_Bars(progress))
+    found = ", ".join(f"{split} {count}" for split, count in examples.items())
+    out.print(f"  examples: {found}")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ N examples.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Final, Protocol
 
 import numpy as np
@@ -24,6 +24,8 @@ from scipy.stats import norm, t
 from benchmarks.metrics import METRICS, Columns, Metric, score
 from pipeline.report import Check, Outcome, Stage, Verdict, shape
 
+FEWEST: Final = 30
+"""Examples below which an interval that rests on large numbers is not trusted."""
 RESAMPLES: Final = 1_999
 """Bootstrap resamples of a corpus metric; one seed, so that a verdict can be reproduced."""
 
@@ -112,8 +114,9 @@ def check_score(
     """
     metric = METRICS[metric_name]
     _comparable(baseline, candidate)
+    size = len(next(iter(baseline.values())))
     if metric.kind == "perplexity":
-        return _check_perplexity(baseline, candidate, allowed, confidence)
+        return _trusted(_check_perplexity(baseline, candidate, allowed, confidence), size)
     estimate = score(metric_name, baseline) - score(metric_name, candidate)
     if metric.kind == "binary":
         low, high = _binary(metric, baseline, candidate, confidence)
@@ -125,9 +128,17 @@ def check_score(
     outcome = _against(low, high, allowed)
     note = ""
     if outcome == "inconclusive":
-        size = len(next(iter(baseline.values())))
         note = _more_examples(size, low, high, estimate, allowed)
-    return Check(metric_name + " drop", allowed, estimate, low, high, outcome, note)
+    check = Check(metric_name + " drop", allowed, estimate, low, high, outcome, note)
+    return check if metric.kind == "binary" else _trusted(check, size)
+
+
+def _trusted(check: Check, size: int) -> Check:
+    """Return the check, or an inconclusive one if it rests on too few examples."""
+    if size >= FEWEST:
+        return check
+    note = f"found {size} examples, at least {FEWEST} are needed"
+    return replace(check, outcome="inconclusive", note=note)
 
 
 def check_speedup(load: str, ratio: Mapping[str, float], allowed: float) -> Check:

@@ -54,6 +54,7 @@ def int8_dynamic(source: Path, target: Path, *, embeddings: bool, reduce_range: 
         graph.graph.value_info.extend(shapes)
         large = graph.ByteSize() >= EXTERNAL_BYTES
         onnx.save(graph, clean, save_as_external_data=large, location=DATA if large else None)
+        before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # it recommends a pre-processing that fails on such graphs
         try:
             quantize_dynamic(
@@ -66,7 +67,7 @@ def int8_dynamic(source: Path, target: Path, *, embeddings: bool, reduce_range: 
                 use_external_data_format=large,
             )
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)
     written = onnx.load(target, load_external_data=False)
     count = sum(node.op_type in INTEGER_OPERATORS for node in written.graph.node)
     if not count:

@@ -2,7 +2,7 @@
 
 A recipe names a model, a task with its data, a target, the steps in their order, and a budget. All
 its mistakes are reported together, each with its path in the file. What needs the model or the
-data is checked later, in run.py; an order of steps that cannot work is refused here.
+data is checked later, in work.py; an order of steps that cannot work is refused here.
 """
 
 import difflib
@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
+from exporters import formats
 from pipeline.criteria import CRITERIA, GRADIENT
 from pipeline.quantization import METHODS
 
@@ -95,16 +96,15 @@ class TaskSettings(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         task = TASKS[self.kind]
-        for role in self.columns:
-            if role not in task.columns:
-                raise ValueError(
-                    f"columns: found role {role!r}, expected one of {sorted(task.columns)}"
-                )
+        mistakes = [
+            f"columns: {unknown(role, sorted(task.columns))}"
+            for role in self.columns
+            if role not in task.columns
+        ]
         if self.metric is not None and self.metric not in task.metrics:
-            raise ValueError(
-                f"metric: found {self.metric!r}, expected one of {list(task.metrics)}"
-                f" for {self.kind}"
-            )
+            mistakes.append(f"metric: {unknown(self.metric, task.metrics)}, for {self.kind}")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
 
 
@@ -187,7 +187,7 @@ class Export(Strict):
     """Write the artifact in the format that is deployed."""
 
     step: Literal["export"]
-    format: Annotated[str, one_of(["onnx"])] = "onnx"
+    format: Annotated[str, one_of(formats())] = "onnx"
 
 
 STEPS: Final = ("prune", "finetune", "quantize", "export")
@@ -309,6 +309,8 @@ def _missing_data(recipe: Recipe, step: Prune | Finetune, where: str) -> Iterato
 
 def _budget_mistakes(recipe: Recipe) -> Iterator[str]:
     kind, budget = recipe.task.kind, recipe.budget
+    if not budget.model_dump(exclude={"confidence"}, exclude_none=True):
+        yield "budget: found no limit, expected at least one, such as max_drop"
     higher_is_better = METRICS[recipe.task.metric or TASKS[kind].metrics[0]].higher_is_better
     if budget.max_drop is not None and not higher_is_better:
         yield "budget.max_drop: perplexity grows when it gets worse, expected max_perplexity_ratio"
@@ -320,6 +322,8 @@ def explain(path: Path, error: ValidationError) -> str:
     """Return every mistake on a line of its own, with its path in the file."""
     lines: list[str] = []
     for mistake in error.errors():
+        if mistake["type"] == "too_short" and mistake["input"]:
+            continue  # a list is said to be short when its items are wrong
         # The tag of a step says the same as its place: steps.0.prune.heads -> steps.0.heads
         parts = [str(part) for part in mistake["loc"]]
         if len(parts) > 2 and parts[0] == "steps":  # noqa: PLR2004

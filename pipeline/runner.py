@@ -7,6 +7,7 @@ all artifacts are measured on the target, and the gate judges the last against t
 
 import json
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,11 +50,11 @@ def run(
         Unavailable, MissingDependency: this machine lacks the target or a package.
         WorkerError, TrainingError, ExportError, QuantizationError, OSError: a stage failed.
     """
-    name = "recipe"
+    if output is None:
+        output = default_output("recipe.yaml" if isinstance(recipe, Recipe) else recipe)
+    output = Path(output)
     if not isinstance(recipe, Recipe):
-        name = Path(recipe).stem
         recipe = Recipe.from_yaml(recipe)
-    output = Path(output) if output is not None else Path("runs", name)
     check_target(recipe)
     work = Work(recipe, output, fresh=fresh, track=track)
     artifacts = _compress(work)[recipe.baseline_at :]
@@ -71,7 +72,7 @@ def run(
     passed = verdict.outcome == "pass"
     report = Report(
         recipe=work.described(),
-        machine=asdict(work.machine),
+        machine=asdict(work.machine) | {"pressure": measured.pressure},
         data={
             "source": recipe.task.data,
             "examples": {name: len(rows) for name, rows in work.rows.items()},
@@ -83,13 +84,34 @@ def run(
         verdict=verdict,
         artifact=str(output / "artifact" if passed else last),
     )
+    files = _files(report)
     if passed:
         about = {"recipe": report.recipe, "machine": report.machine, "verdict": asdict(verdict)}
         publish(lambda folder: _copy(last, folder), output / "artifact", about)
     else:
         shutil.rmtree(output / "artifact", ignore_errors=True)  # an earlier run's, not this one's
-    _write(report, output)
+    for name, text in files.items():
+        write_text(output / name, text)
     return report
+
+
+def default_output(recipe: str | Path) -> Path:
+    """Return the folder that a recipe's run writes to unless another is named."""
+    return Path("runs", Path(recipe).stem)
+
+
+def check(recipe: Recipe, *, track: Track = silent) -> dict[str, int]:
+    """Return the number of examples of every split, after all that is checked before a step.
+
+    Raises:
+        DataError: the data are not what the recipe says.
+        ModelError: the model is missing, or not fit for the task.
+        Unavailable, MissingDependency: this machine lacks the target or a package.
+    """
+    check_target(recipe)
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        work = Work(recipe, Path(folder), fresh=False, track=track)
+    return {name: len(rows) for name, rows in work.rows.items()}
 
 
 def check_target(recipe: Recipe) -> None:
@@ -137,9 +159,11 @@ def _copy(source: Path, folder: Path) -> None:
     (folder / MANIFEST).unlink()  # the artifact gets its own
 
 
-def _write(report: Report, output: Path) -> None:
+def _files(report: Report) -> dict[str, str]:
     text = report.to_json()
     content = json.loads(text)
-    write_text(output / "report.json", text)
-    write_text(output / "report.md", markdown(content))
-    write_text(output / "report.html", page(content))
+    return {
+        "report.json": text,
+        "report.md": markdown(content),
+        "report.html": page(content),
+    }

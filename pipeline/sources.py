@@ -1,6 +1,5 @@
 """Where a recipe's model comes from: a folder, the hub, or built in."""
 
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -8,7 +7,7 @@ from typing import Any, Final
 import transformers
 
 from exporters import MissingDependency
-from pipeline.checkpoint import ModelError
+from pipeline.checkpoint import ModelError, read_config
 from pipeline.store import file_hash
 
 MINILM: Final = "builtin:minilm"
@@ -61,10 +60,10 @@ def identity(source: str, revision: str | None) -> dict[str, str]:
             for file in sorted(path.rglob("*"))
             if file.is_file() and ".git" not in file.parts
         }
-    from pipeline.checkpoint import read_config
-
     commit = getattr(read_config(source, revision), "_commit_hash", None)
-    return {"hub": source, "commit": commit or hashlib.sha256(str(revision).encode()).hexdigest()}
+    if commit is None:
+        raise ModelError(f"{source}: found no commit on the hub, expected one; name a revision")
+    return {"hub": source, "commit": commit}
 
 
 def processor(source: str, kind: str, revision: str | None) -> Any:

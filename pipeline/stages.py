@@ -26,11 +26,15 @@ NOTABLE: Final = 0.02
 
 @dataclass(frozen=True)
 class Measured:
-    """The stages from the baseline on, and the outcomes of the first and the last of them."""
+    """The stages from the baseline on, and the outcomes of the first and the last of them.
+
+    `pressure` is how busy the machine was before and after the speed was measured.
+    """
 
     stages: tuple[Stage, ...]
     baseline: Outcomes
     candidate: Outcomes
+    pressure: list[dict[str, float | None]]
 
 
 def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
@@ -50,7 +54,7 @@ def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
             loads=_loads(bench, alone, together.latencies, digests),
         )
         stages.append(replace(stage, gain_note=_gain_note(stages[-1], stage)) if stages else stage)
-    return Measured(tuple(stages), found[0].outcomes, found[-1].outcomes)
+    return Measured(tuple(stages), found[0].outcomes, found[-1].outcomes, together.pressure)
 
 
 def _bench(work: Work) -> Bench:

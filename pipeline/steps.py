@@ -6,12 +6,14 @@ entry. The untouched model is the first artifact, made as if by a step.
 
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from benchmarks.accuracy import once
 from benchmarks.tasks import Arrays, collate
 from exporters import onnx
 from pipeline import calibration, checkpoint, pruning, sources
@@ -48,6 +50,8 @@ def original(work: Work) -> Artifact:
                 f" of {type(model).__name__}; the files are damaged"
             )
         _check_vocabulary(work, model)
+        if getattr(model.config, "pad_token_id", None) is None and "sequence" in work.task.axes:
+            model.config.pad_token_id = work.padding["input_ids"]
         return work.write(model, folder, {})
 
     if not work.has_head and not trained_first:
@@ -157,16 +161,15 @@ def export(work: Work, before: Artifact) -> Entry:
         model = checkpoint.from_pretrained(before.entry.folder)
         model.config.use_cache = False
         (folder / onnx.MODEL).parent.mkdir()
-        (difference,) = (
-            onnx.export(
-                model,
-                _samples(work),
-                axes=work.task.axes,
-                path=folder / onnx.MODEL,
-                fuse_for=work.recipe.target.device,
-            )
-            for _ in work.track(range(1), "exporting", 1)
+        export = partial(
+            onnx.export,
+            model,
+            _samples(work),
+            axes=work.task.axes,
+            path=folder / onnx.MODEL,
+            fuse_for=work.recipe.target.device,
         )
+        difference = once(work.track, "exporting", export)
         _copy_around(before.entry.folder, folder)
         return _known(before) | {"details": {"difference_to_torch": difference}}
 
@@ -181,15 +184,14 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     def make(folder: Path) -> dict[str, Any]:
         (folder / onnx.MODEL).parent.mkdir()
         reduce_range = work.machine.saturates
-        (count,) = (
-            METHODS[step.method](
-                source.folder / onnx.MODEL,
-                folder / onnx.MODEL,
-                embeddings=step.embeddings,
-                reduce_range=reduce_range,
-            )
-            for _ in work.track(range(1), "quantizing", 1)
+        quantize = partial(
+            METHODS[step.method],
+            source.folder / onnx.MODEL,
+            folder / onnx.MODEL,
+            embeddings=step.embeddings,
+            reduce_range=reduce_range,
         )
+        count = once(work.track, "quantizing", quantize)
         _copy_around(source.folder, folder)
         details = {"integer_products": count, "reduce_range": reduce_range}
         return _known(before) | {"details": details}

@@ -34,20 +34,17 @@ class Entry:
 
 
 class Store:
-    """A folder of entries."""
+    """A folder of entries; a fresh one makes each of them again, once."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, fresh: bool = False) -> None:
         self._root = root
+        self._fresh = fresh
+        self._made: set[str] = set()
         for name in ("locks", "unfinished", "bad"):
             (root / _HIDDEN / name).mkdir(parents=True, exist_ok=True)
 
     def get(
-        self,
-        name: str,
-        key: Mapping[str, Any],
-        make: Callable[[Path], Mapping[str, Any]],
-        *,
-        fresh: bool = False,
+        self, name: str, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
     ) -> Entry:
         """Return the entry for `key`, made by `make(folder)` unless it is there already.
 
@@ -55,25 +52,28 @@ class Store:
             name: what the folder's name begins with, for people.
             key: everything the entry depends on, as JSON.
             make: writes the entry's files into an empty folder, and says what is known of them.
-            fresh: make it again even if it is there.
         """
         label = f"{name}-{fingerprint(key)[:16]}"
         folder = self._root / label
         with self._lock(label):
-            if not fresh and (entry := verify(folder)):
+            entry = verify(folder)
+            if entry and not (self._fresh and label not in self._made):
                 return entry
             unfinished = self._root / _HIDDEN / "unfinished" / label
             shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's: we hold the lock
             unfinished.mkdir()
             try:
                 seal(unfinished, make(unfinished))
-                if folder.exists():
+                if entry:
+                    shutil.rmtree(folder)
+                elif folder.exists():
                     bad = self._root / _HIDDEN / "bad" / f"{label}-{uuid.uuid4().hex[:8]}"
                     folder.rename(bad)
                 unfinished.rename(folder)
                 _sync(self._root)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
+            self._made.add(label)
             made = verify(folder)
             assert made is not None
             return made

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,13 +16,13 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import machine
-from benchmarks.accuracy import Track
+from benchmarks.accuracy import Track, once
 from benchmarks.data import Row
 from benchmarks.data import load as load_data
 from benchmarks.tasks import TASKS, Example, label_names, padding
 from pipeline import architectures, checkpoint, sources
 from pipeline.checkpoint import ModelError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Prune, Recipe
 from pipeline.store import Entry, Store, fingerprint
 
 # What these files say cannot change a stage's content.
@@ -56,7 +56,6 @@ class Work:
 
     def __init__(self, recipe: Recipe, output: Path, *, fresh: bool, track: Track) -> None:
         self.recipe = recipe
-        self.fresh = fresh
         self.track = track
         self.task = TASKS[recipe.task.kind]
         self.metric = recipe.task.metric or self.task.metrics[0]
@@ -72,21 +71,21 @@ class Work:
         self.processor = sources.processor(self.source, self.task.processor, revision)
         self.padding = padding(self.processor)
         self._check_lengths()
-        (self.rows,) = (
-            load_data(
-                recipe.task.data,
-                subset=recipe.task.subset,
-                splits=recipe.task.splits.model_dump(exclude_none=True),
-                columns=self._columns(),
-                overlap=recipe.task.overlap,
-            )
-            for _ in track(range(1), "reading data", 1)
+        self._check_family()
+        read = partial(
+            load_data,
+            recipe.task.data,
+            subset=recipe.task.subset,
+            splits=recipe.task.splits.model_dump(exclude_none=True),
+            columns=self._columns(),
+            overlap=recipe.task.overlap,
         )
+        self.rows = once(track, "reading data", read)
         self.labels = self._label_names()
         self._examples: dict[str, list[Example]] = {}
         # Encoding the gate split first says early if a label is not known.
         self.examples("gate")
-        self.store = Store(output / "stages")
+        self.store = Store(output / "stages", fresh=fresh)
 
     def examples(self, split: str) -> list[Example]:
         """Return a split as the model sees it."""
@@ -117,7 +116,7 @@ class Work:
             return about | {"seconds": time.monotonic() - start}
 
         key = {**key, "code": self.code, "versions": self.machine.versions}
-        return self.store.get(name, key, timed, fresh=self.fresh)
+        return self.store.get(name, key, timed)
 
     def write(
         self, model: PreTrainedModel, folder: Path, details: Mapping[str, Any]
@@ -167,6 +166,15 @@ class Work:
             names_by_id: dict[Any, str] = dict(self.config.id2label or {})
             return [names_by_id[at] for at in sorted(names_by_id)]
         return label_names(self.rows["train"] if "train" in self.rows else self.rows["gate"], role)
+
+    def _check_family(self) -> None:
+        prunes = any(isinstance(step, Prune) for step in self.recipe.steps)
+        if prunes and self.config.model_type not in architectures.ARCHITECTURES:
+            raise ModelError(
+                f"{self.recipe.model.source}: found the family {self.config.model_type!r}, expected"
+                f" one of {sorted(architectures.ARCHITECTURES)} for a prune step; it can still be"
+                " trained, quantized and exported"
+            )
 
     def _check_lengths(self) -> None:
         longest = getattr(self.config, "max_position_embeddings", None)

@@ -67,8 +67,8 @@ FAMILIES = {
 
 def tiny(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     """Return a small model of the family with sharp weights, whose logits vary."""
-    class_name, config_name, sizes = FAMILIES[family]
-    config = getattr(transformers, config_name)(**sizes, pad_token_id=0, **changes)
+    class_name, config_name, sizes = (FAMILIES | HEADS)[family]
+    config = getattr(transformers, config_name)(**sizes | {"pad_token_id": 0} | changes)
     torch.manual_seed(seed)
     model = getattr(transformers, class_name)(config)
     with torch.no_grad():
@@ -79,7 +79,8 @@ def tiny(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
             else:
                 parameter.copy_(torch.randn_like(parameter) * spread)
     model.eval()
-    logits = model(**batch()).logits
+    outputs = model(**batch())
+    logits = outputs.logits if "logits" in outputs else outputs.start_logits
     assert (logits[0] - logits[1]).abs().max() > 0.1
     return model
 
@@ -91,6 +92,12 @@ def batch(length: int = 11) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     ids[1, length - 3 :], mask[1, length - 3 :] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+HEADS = {
+    "bert-tokens": ("BertForTokenClassification", "BertConfig", SIZES),
+    "bert-answers": ("BertForQuestionAnswering", "BertConfig", SIZES),
+}
 
 
 @pytest.fixture(params=FAMILIES)

@@ -36,19 +36,30 @@ def test_mask_gradients_equal_autograd_on_a_mask(family):
         assert expected.abs().max() > 1e-3
 
 
-def test_moments_leave_padding_out():
+def test_moments_leave_padding_out_and_hold_windows_out():
     model = tiny("bert")
     path = "bert.encoder.layer.1.attention"
     reader = readers(model)[path]
     seen = []
     handle = reader.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    # Ten windows of two kinds: the fifth is of the whole kind, the tenth of the padded one.
     found = moments(model, {path: reader}, [batch()] * 5, total=5)[path]
     handle.remove()
-    rows = seen[0][batch()["attention_mask"].bool()].double()
-    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
-    torch.testing.assert_close(found.fit, 4 * rows.T @ rows)
-    torch.testing.assert_close(found.held_out, rows.T @ rows)
-    assert found.tokens == 4 * 19
+
+    def moment(row: int) -> torch.Tensor:
+        rows = seen[0][row][batch()["attention_mask"][row].bool()].double()
+        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
+        return rows.T @ rows
+
+    torch.testing.assert_close(found.fit, 4 * moment(0) + 4 * moment(1))
+    torch.testing.assert_close(found.held_out, moment(0) + moment(1))
+
+
+def test_moments_that_are_not_numbers_are_an_error():
+    model = tiny("bert")
+    model.bert.embeddings.word_embeddings.weight.data[:] = torch.nan
+    with pytest.raises(FloatingPointError, match="attention: found NaN or infinity"):
+        moments(model, readers(model), [batch()], total=1)
 
 
 def test_a_loss_that_is_not_a_number_is_an_error():

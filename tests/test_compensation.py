@@ -56,7 +56,7 @@ def test_a_column_that_others_make_up_is_free():
     x, weight, _ = problem(2)
     x[:, 0] = 2 * x[:, 3] - x[:, 4]
     gram = x.T @ x
-    found = repair(weight, Moments(gram, gram, len(x)), torch.arange(1, 12))
+    found = repair(weight, Moments(gram, gram), torch.arange(1, 12))
     assert found.error_after < 1e-5 * found.error_before
 
 
@@ -64,7 +64,7 @@ def test_a_repair_that_does_not_hold_on_other_data_is_not_kept():
     fit, weight, kept = problem(3)
     torch.manual_seed(4)
     other = torch.randn(300, 12, dtype=torch.float64)  # uncorrelated: nothing makes up for anything
-    found = repair(weight, Moments(fit.T @ fit, other.T @ other, 300), kept)
+    found = repair(weight, Moments(fit.T @ fit, other.T @ other), kept)
     assert found.error_after <= found.error_before
     assert torch.equal(found.weight, weight[:, kept])
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from conftest import sentences, write_rows
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
 
 from benchmarks.data import DataError, load
@@ -140,3 +140,21 @@ def test_a_hub_id_that_is_not_cached_is_said_in_one_line():
     ) as caught:
         read("secateur-test/no-such-data")
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_class_labels_are_read_by_name_also_in_lists(tmp_path):
+    names = ClassLabel(names=["O", "B-x"])
+    features = Features({"tokens": List(Value("string")), "tags": List(names), "label": names})
+    rows = {"tokens": [["a", "b"]], "tags": [[0, 1]], "label": [1]}
+    Dataset.from_dict(rows, features).to_parquet(tmp_path / "data.parquet")
+    roles = {"tokens": "tokens", "tags": "tags", "label": "label"}
+    (row,) = read(tmp_path / "data.parquet", columns=roles)["gate"]
+    assert (row["tags"], row["label"]) == (["O", "B-x"], "B-x")
+
+
+def test_hidden_labels_are_refused(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    table = Dataset.from_dict({"text": ["a"], "label": [-1]}, features)
+    table.to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(DataError, match="found the label -1, expected 0 to 1"):
+        read(tmp_path / "data.parquet")

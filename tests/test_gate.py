@@ -10,7 +10,7 @@ from scipy.stats import multinomial, norm
 from benchmarks.metrics import METRICS
 from pipeline import gate
 from pipeline.gate import EvidenceError, check_ratio, check_score, check_speedup
-from pipeline.report import Check
+from pipeline.report import Check, Load, Score, Stage
 
 
 def outcomes(wrong: int, mended: int, examples: int) -> tuple[dict, dict]:
@@ -139,6 +139,22 @@ def test_other_tokens_are_an_error():
         verdict(before, before | {"tokens": np.full(3, 2)}, allowed=1.1, metric="perplexity")
 
 
+@pytest.mark.parametrize(
+    ("metric", "columns"),
+    [
+        ("answer_f1", {"answer_f1": np.ones(29)}),
+        ("perplexity", {"nll": np.ones(29), "tokens": np.ones(29)}),
+        ("macro_f1", outcomes(0, 0, 29)[0]),
+    ],
+)
+def test_a_handful_of_examples_decides_nothing(metric, columns):
+    check = verdict(columns, columns, allowed=1.5 if metric == "perplexity" else 0.5, metric=metric)
+    assert (check.outcome, check.note) == (
+        "inconclusive",
+        "found 29 examples, at least 30 are needed",
+    )
+
+
 def test_one_example_of_a_mean_is_an_error():
     one = {"answer_f1": np.ones(1)}
     with pytest.raises(EvidenceError, match="found 1 example"):
@@ -176,13 +192,39 @@ def test_a_verdict_is_its_worst_check(outcomes_found, expected):
 
 
 @dataclass
-class NoLimits:
+class Limits:
     max_drop: float | None = None
     max_perplexity_ratio: float | None = None
     confidence: float = 0.95
     min_speedup: float | None = None
     max_size: float | None = None
     max_memory: float | None = None
+
+
+def stage(size: int, peak: int | None, speedup: float) -> Stage:
+    ratio = {"value": speedup, "low": speedup - 0.1, "high": speedup + 0.1}
+    load = Load(8, 128, {"p50": 1.0}, 1.0, 1.0, ratio, ratio)
+    memory = {"peak_rss_bytes": peak}
+    return Stage("s", None, "onnx", "r", "f", 0, 1, size, Score("accuracy", 1, 1), {}, (load,),
+                 memory, 0, (), (), ())  # fmt: skip
+
+
+def test_every_limit_that_is_set_is_checked():
+    baseline, candidate = outcomes(1, 1, 900)
+    stages = [stage(100, 200, 1.0), stage(30, 150, 2.0)]
+    everything = Limits(max_drop=0.02, min_speedup=1.5, max_size=0.2, max_memory=0.8)
+    found = gate.checks(everything, "accuracy", baseline, candidate, stages)
+    assert [(check.what, check.outcome) for check in found] == [
+        ("accuracy drop", "pass"),
+        ("speedup at 8x128", "pass"),
+        ("size", "fail"),
+        ("peak memory", "pass"),
+    ]
+    assert gate.checks(Limits(), "accuracy", baseline, candidate, stages) == ()
+    with pytest.raises(EvidenceError, match="peak memory: found no measurement"):
+        gate.checks(
+            Limits(max_memory=1.0), "accuracy", baseline, candidate, [stages[0], stage(1, None, 1)]
+        )
 
 
 def test_every_metric_can_be_judged():

@@ -47,11 +47,15 @@ def test_another_key_is_another_entry_of_equal_content(tmp_path):
     assert first.digest == second.digest
 
 
-def test_fresh_makes_it_again(tmp_path):
-    store = Store(tmp_path)
-    store.get("stage", {}, Maker("old"))
-    entry = store.get("stage", {}, Maker("new"), fresh=True)
+def test_a_fresh_store_makes_it_again_once(tmp_path):
+    Store(tmp_path).get("stage", {}, Maker("old"))
+    make = Maker("new")
+    store = Store(tmp_path, fresh=True)
+    entry = store.get("stage", {}, make)
     assert (entry.folder / "deep" / "model.bin").read_text() == "new"
+    assert store.get("stage", {}, make) == entry
+    assert make.calls == 1
+    assert list((tmp_path / ".store" / "bad").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,34 @@ def test_words_behind_the_truncation_count_as_missed(tokenizer):
     assert judged.columns["false_negatives"] == 1
 
 
+def test_a_word_without_a_piece_moves_no_other(tokenizer):
+    row = {"tokens": ["good", " ", "film"], "tags": ["O", "O", "B-place"]}
+    (example,) = encode("token-classification", [row], tokenizer, TAGS)
+    judged = TASKS["token-classification"].judge(example, [{"logits": np.eye(4)[[0, 0, 3, 0]]}])
+    assert judged.columns == {"true_positives": 1, "false_positives": 0, "false_negatives": 0}
+
+
+def test_tags_that_are_no_entities_are_refused(tokenizer):
+    row = {"tokens": ["good"], "tags": [0]}
+    with pytest.raises(DataError, match="tags: found the label '0', expected O, B-person"):
+        encode("token-classification", [row], tokenizer, ("0", "1"))
+    with pytest.raises(DataError, match="tags: found 1 for 2 tokens"):
+        encode("token-classification", [{"tokens": ["a", "the"], "tags": ["O"]}], tokenizer, TAGS)
+
+
+def test_columns_of_another_type_are_refused(tokenizer):
+    with pytest.raises(DataError, match="text: found 3, expected text"):
+        encode("text-classification", [{"text": 3, "label": 0}], tokenizer)
+    with pytest.raises(DataError, match="image: found str, expected images"):
+        encode("image-classification", [{"image": "cat.png", "label": 0}], None)
+
+
+def test_a_question_without_an_answer_is_refused(tokenizer):
+    row = QUESTION | {"answers": {"text": [], "answer_start": []}}
+    with pytest.raises(DataError, match="answers: found a question without an answer"):
+        encode("question-answering", [row], tokenizer)
+
+
 CONTEXT = "the film a great actor the scene bad plot fine"
 QUESTION = {
     "question": "good film",

@@ -1,0 +1,136 @@
+"""Folders and hub ids: what loads, and what is refused in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import batch, tiny, write_model
+from safetensors.torch import load_file, save_file
+
+from benchmarks.machine import Unavailable
+from exporters import MissingDependency
+from pipeline import from_pretrained, prune_heads, prune_neurons, save_pretrained, sources
+from pipeline.checkpoint import ModelError, load, open_predictor
+from pipeline.store import file_hash
+
+
+def test_shards_and_bf16_load_as_they_were_saved(family, tmp_path):
+    model = tiny(family).to(torch.bfloat16)
+    prune_heads(model, {0: [1], 2: [0, 3]})
+    prune_neurons(model, {1: [*range(30)]})
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_a_pruned_backbone_takes_another_head(tmp_path):
+    model = tiny("bert")
+    prune_heads(model, {0: [1]})
+    save_pretrained(model, tmp_path)
+    with pytest.raises(ModelError, match="which BertModel does not have"):
+        from_pretrained(tmp_path, "AutoModel")
+    model.bert.save_pretrained(tmp_path)
+    other, missing = load(tmp_path, "AutoModelForSequenceClassification")
+    assert missing == ["classifier.bias", "classifier.weight"]
+    with torch.no_grad():
+        states = [m.bert(**batch()).last_hidden_state for m in (model, other)]
+    assert torch.equal(*states)
+    with pytest.raises(
+        ModelError, match=r"found no classifier\.bias, classifier\.weight, expected"
+    ):
+        from_pretrained(tmp_path, "AutoModelForSequenceClassification")
+
+
+def test_no_pickle_is_read(tmp_path):
+    model = tiny("bert")
+    model.config.architectures = ["BertForSequenceClassification"]
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        from_pretrained(tmp_path)
+
+
+def test_an_unknown_class_is_refused(tmp_path):
+    write_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["MyModel"]}))
+    with pytest.raises(ModelError, match=r"found architectures \['MyModel'\]"):
+        from_pretrained(tmp_path)
+
+
+def test_what_is_not_there_is_said_in_one_line(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="found neither as a folder here nor on the hub") as caught:
+        from_pretrained("secateur-test/no-such-model")
+    assert len(str(caught.value).splitlines()) == 1
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json: "):
+        from_pretrained(tmp_path)
+
+
+def test_a_predictor_gives_the_model_s_outputs(tmp_path):
+    model = tiny("bert")
+    save_pretrained(model, tmp_path)
+    arrays = {name: tensor.numpy() for name, tensor in batch().items()}
+    found = open_predictor(tmp_path, device="cpu", threads=torch.get_num_threads())(arrays)
+    with torch.no_grad():
+        np.testing.assert_array_equal(found["logits"], model(**batch()).logits.numpy())
+
+
+def test_a_device_that_is_not_here_is_said(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(Unavailable, match=r"target\.device: found no CUDA device"):
+        open_predictor(tmp_path, device="cuda", threads=1)
+
+
+def test_minilm_is_the_published_one():
+    folder = sources.resolve("builtin:minilm")
+    assert file_hash(Path(folder, "model.safetensors")) == sources.MINILM_SHA256
+
+
+def test_other_built_in_models_and_weights_are_refused(monkeypatch):
+    with pytest.raises(ModelError, match="builtin:gpt: no such built-in model"):
+        sources.resolve("builtin:gpt")
+    monkeypatch.setattr(sources, "MINILM_SHA256", "0" * 64)
+    with pytest.raises(ModelError, match=r"found weights with sha256 53aa5117.*expected 0000"):
+        sources.resolve("builtin:minilm")
+    monkeypatch.setattr(sources, "find_spec", lambda _: None)
+    with pytest.raises(MissingDependency, match=r"install the extra `demo`"):
+        sources.resolve("builtin:minilm")
+
+
+def test_a_folder_is_known_by_its_content(tmp_path):
+    write_model(tmp_path)
+    before = sources.identity(str(tmp_path), None)
+    assert sources.identity(str(tmp_path), None) == before
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + " ")
+    assert sources.identity(str(tmp_path), None) != before
+
+
+def test_a_processor_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(ModelError, match="found no tokenizer or processor, expected one of"):
+        sources.processor(str(tmp_path), "AutoTokenizer", None)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="its AutoTokenizer cannot be loaded"):
+        sources.processor(str(tmp_path), "AutoTokenizer", None)
+
+
+def test_a_backbone_may_leave_its_old_head_behind_but_no_layer(tmp_path):
+    tiny("bert").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {"cls.predictions.bias": torch.zeros(99)}
+    tensors = {name: t for name, t in tensors.items() if not name.startswith("classifier")}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, missing = load(tmp_path, "AutoModelForSequenceClassification")
+    assert missing == ["classifier.bias", "classifier.weight"]
+    tensors |= {"bert.encoder.layer.3.output.dense.bias": torch.zeros(32)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"found bert\.encoder\.layer\.3\.output\.dense\.bias"):
+        load(tmp_path, "AutoModelForSequenceClassification")

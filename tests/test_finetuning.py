@@ -1,0 +1,106 @@
+"""Training learns, imitates, repeats itself, and says when it fails."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import sentences, write_model
+from torch.nn import functional
+from transformers import AutoTokenizer
+
+from benchmarks.tasks import TASKS, padding
+from pipeline import prune_heads
+from pipeline.finetuning import Teacher, TrainingError, distillation, finetune, hidden_distance
+
+ROWS = [{"text": text, "label": label, "id": "0" * 64} for text, label in sentences(200)]
+
+
+@pytest.fixture
+def setting(tmp_path):
+    model = write_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    examples = TASKS["text-classification"].encode(ROWS, tokenizer, ("0", "1"), 16)
+    return model, examples, padding(tokenizer)
+
+
+def train(setting, **changes):
+    model, examples, pad = setting
+    options = {"epochs": 1, "learning_rate": 2e-3, "batch_size": 16} | changes
+    return finetune(model, examples, pad, **options)
+
+
+def test_the_loss_falls(setting):
+    first = train(setting)
+    for _ in range(3):
+        last = train(setting)
+    assert last < 0.85 * first
+    assert not setting[0].training
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path):
+    weights = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        model = write_model(tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        examples = TASKS["text-classification"].encode(ROWS, tokenizer, ("0", "1"), 16)
+        train((model, examples, padding(tokenizer)), seed=seed)
+        weights.append(model.classifier.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_frozen_embeddings_stay(setting):
+    table = setting[0].get_input_embeddings().weight
+    before = table.detach().clone()
+    train(setting, freeze_embeddings=True)
+    assert torch.equal(table, before)
+    assert table.requires_grad
+    train(setting)
+    assert not torch.equal(table, before)
+
+
+def test_a_pruned_student_comes_near_its_teacher(setting, tmp_path):
+    model, examples, pad = setting
+    for _ in range(3):
+        train(setting)
+    teacher = write_model(tmp_path / "teacher")
+    teacher.load_state_dict(model.state_dict())
+    prune_heads(model, {0: [0], 1: [1, 2], 2: [3]})
+    inputs = {
+        "input_ids": torch.tensor(
+            np.stack([e.windows[0].inputs["input_ids"][:5] for e in examples])
+        )
+    }
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float(distillation(model(**inputs).logits, teacher(**inputs).logits, 1.0, None))
+
+    before = distance()
+    guide = Teacher(teacher, temperature=2.0, task_weight=0.0, hidden_weight=0.1)
+    for _ in range(3):
+        finetune(model, examples, pad, epochs=1, learning_rate=1e-3, batch_size=16, teacher=guide)
+    assert distance() < 0.7 * before
+
+
+def test_distillation_is_the_scaled_divergence():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    p, q = (functional.softmax(x / 2, -1) for x in (teacher, student))
+    by_hand = 4 * ((p * (p.log() - q.log())).sum(-1) * mask).sum() / 7
+    torch.testing.assert_close(distillation(student, teacher, 2.0, mask), by_hand)
+    assert float(distillation(teacher, teacher, 2.0, mask)) == pytest.approx(0, abs=1e-6)
+
+
+def test_hidden_distance_matches_layers_by_depth():
+    states = [torch.full((1, 1, 4), float(at)) for at in range(1, 6)]
+    assert float(hidden_distance(states, states, None)) == 0
+    assert float(hidden_distance([states[0], states[2], states[4]], states, None)) == 0
+    doubled = [2 * state for state in states]
+    assert float(hidden_distance(doubled, states, None)) == pytest.approx(1.0)
+
+
+def test_a_loss_that_is_not_a_number_names_the_step(setting):
+    setting[0].classifier.weight.data[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match="finetune: found the loss nan at step 1"):
+        train(setting)
