@@ -5,7 +5,6 @@ entry. The untouched model is the first artifact, made as if by a step.
 """
 
 import shutil
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.accuracy import once
 from benchmarks.tasks import Arrays, collate
 from exporters import onnx
-from pipeline import calibration, checkpoint, pruning, sources
+from pipeline import architectures, calibration, checkpoint, pruning, sources
 from pipeline.checkpoint import ModelError
 from pipeline.finetuning import Teacher
 from pipeline.finetuning import finetune as train
@@ -101,7 +100,13 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
             total=-(-windows // CALIBRATION_BATCH),
             track=work.track,
         )
-        return work.write(model, folder, asdict(choice))
+        heads = architectures.units(model).heads
+        details = {
+            what: {path: found for path, found in of_each.items() if path in heads}
+            for what, of_each in (("scores", choice.scores), ("removed", choice.removed))
+        }
+        # Of neurons there are too many to list; the model's config says which are left.
+        return work.write(model, folder, details | {"repairs": choice.repairs})
 
     key = {
         "step": step.model_dump(mode="json"),

@@ -76,7 +76,7 @@ def test_latency_is_the_time_of_the_call(opened):
     worker.hold(0, INPUTS)
     latencies = worker.time(0, 5)
     assert len(latencies) == 5
-    assert all(20e6 <= latency < 60e6 for latency in latencies)
+    assert 20e6 <= min(latencies) < 40e6
 
 
 def test_predictions_come_back(opened):
@@ -132,7 +132,7 @@ def test_a_hung_call_is_an_error_and_leaves_no_process(opened, monkeypatch):
 
 def test_the_slower_is_called_slower(opened):
     pair = {"fast": opened("sleeper", "0.010"), "slow": opened("sleeper", "0.015")}
-    (fast, slow) = (rounds[0] for rounds in compare(pair, [INPUTS], rounds=8, seconds=60).values())
+    (fast, slow) = (rounds[0] for rounds in compare(pair, [INPUTS], rounds=15, seconds=60).values())
     found = ratio(fast, slow)
     assert found.low <= found.value <= found.high < 0.9
     assert found.value == pytest.approx(2 / 3, rel=0.1)
@@ -140,7 +140,7 @@ def test_the_slower_is_called_slower(opened):
 
 def test_one_artifact_twice_is_a_tie(opened):
     pair = {"a": opened("sleeper", "0.010"), "b": opened("sleeper", "0.010")}
-    found = ratio(*(rounds[0] for rounds in compare(pair, [INPUTS], rounds=8, seconds=60).values()))
+    found = ratio(*(rounds[0] for rounds in compare(pair, [INPUTS], rounds=15, seconds=60).values()))
     assert found.value == pytest.approx(1.0, abs=0.05)
 
 
