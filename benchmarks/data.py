@@ -60,7 +60,8 @@ def load(
     for name, found in rows.items():
         if not found:
             raise DataError(
-                f"{source}: split {splits[name]!r} ({name}): found 0 examples, expected at least 1"
+                f"{source}: split {splits[name]!r} ({name}): found 0 examples"
+                f"{' that no other split has' if overlap == 'drop' else ''}, expected at least 1"
             )
     return rows
 
@@ -152,7 +153,8 @@ def _rows(
             for role, column in columns.items()
             if (found := _class_names(table.features[column])) is not None
         }
-        for record in table.select(range(part.from_, part.to)):
+        start, end = (min(place, len(table)) for place in (part.from_, part.to))
+        for record in table.select(list(range(start, end))):
             row = {role: record[column] for role, column in columns.items()}
             for role, class_names in names.items():
                 row[role] = _named(row[role], class_names, f"{where}: column {columns[role]!r}")

@@ -88,7 +88,7 @@ def _warm_up(worker: Worker, load: int, most: int = 20) -> None:
 
 
 def first_call_ms(worker: Worker, inputs: Arrays) -> float:
-    """Return the latency of the first call ever made, in milliseconds."""
+    """Return the latency of the first call at an input shape, in milliseconds."""
     worker.hold(0, inputs)
     return worker.time(0, 1)[0] / 1e6
 

@@ -107,7 +107,7 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
         return _say(INTERRUPTED, "interrupted; run the same command again to go on")
     except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
         err.print_exception()
-        return _say(FAILED, f"{type(error).__name__}: {error}; what is above is for a bug report")
+        return _say(FAILED, f"{type(error).__name__}: {error}; please report it with what is above")
 
 
 def _disk(error: OSError) -> tuple[int, str]:
@@ -137,7 +137,7 @@ def _run(options: argparse.Namespace) -> int:
 def _show(text: str, options: argparse.Namespace) -> None:
     import json
 
-    from pipeline.report import check_line, table
+    from pipeline.report import busy_note, check_line, table
     from pipeline.runner import default_output
 
     report = json.loads(text)
@@ -153,6 +153,8 @@ def _show(text: str, options: argparse.Namespace) -> None:
     for stage in report["stages"]:
         if stage["gain_note"]:
             out.print(f"[dim]{stage['name']}: {escape(stage['gain_note'])}[/dim]")
+    if note := busy_note(report):
+        out.print(f"[yellow]{note}[/]")
     verdict = report["verdict"]
     out.print()
     for check in verdict["checks"]:

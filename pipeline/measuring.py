@@ -98,7 +98,7 @@ class Together:
     """Latencies of all artifacts, and how busy the machine was before and after."""
 
     latencies: Latencies
-    pressure: list[dict[str, float | None]]
+    pressure: dict[str, list[float | None]]
 
 
 def together(bench: Bench, folders: Mapping[str, Path]) -> Together:
@@ -118,7 +118,9 @@ def together(bench: Bench, folders: Mapping[str, Path]) -> Together:
                 seconds=bench.target.seconds,
                 track=bench.track,
             )
-        return {"latencies": latencies, "pressure": [before, machine.pressure()]}
+        after = machine.pressure()
+        pressure = {f"{name}_before_and_after": [before[name], after[name]] for name in before}
+        return {"latencies": latencies, "pressure": pressure}
 
     key = _key(bench) | {"artifacts": list(folders), "inputs": bench.evidence}
     return Together(**bench.store.get("timed", key, make).about)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
 SCHEMA: Final = 1
+STALLED: Final = "cpu_stalled_before_and_after"
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 
@@ -29,7 +30,8 @@ class Load:
     """Speed at one input shape.
 
     `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's,
-    each with `value`, `low` and `high` at 95 %.
+    each with `value`, `low` and `high` at 95 %. `first_call_ms` is that of the first call at this
+    shape, in a fresh process.
     """
 
     batch: int
@@ -151,6 +153,21 @@ def shape(load: Mapping[str, Any]) -> str:
     return f"{load['batch']}x{load['sequence']}" if load["sequence"] else f"batch {load['batch']}"
 
 
+BUSY: Final = 0.2
+"""The share of time waited for a core above which a machine counts as busy."""
+
+
+def busy_note(report: Mapping[str, Any]) -> str:
+    """Return a warning if other work took the cores while the speed was measured, else nothing."""
+    stalled = max((s for s in report["machine"].get(STALLED, ()) if s is not None), default=0.0)
+    if stalled <= BUSY:
+        return ""
+    return (
+        f"the machine was busy while speed was measured: tasks waited {stalled:.0%} of the time for"
+        " a core; the ratios hold better than the latencies"
+    )
+
+
 def check_line(check: Mapping[str, Any]) -> str:
     """Return one check in words."""
     bounds = f"{check['estimate']:.4g} ({check['low']:.4g} to {check['high']:.4g})"
@@ -172,6 +189,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         for stage in report["stages"]
         if stage["gain_note"]
     ]
+    lines += [busy_note(report)]
     machine, target = report["machine"], report["recipe"]["target"]
     where = f"{machine['cpu']}, {target['threads']} of {machine['cores']} cores"
     examples = report["data"]["examples"]["gate"]

@@ -72,7 +72,7 @@ def run(
     passed = verdict.outcome == "pass"
     report = Report(
         recipe=work.described(),
-        machine=asdict(work.machine) | {"pressure": measured.pressure},
+        machine=asdict(work.machine) | measured.pressure,
         data={
             "source": recipe.task.data,
             "examples": {name: len(rows) for name, rows in work.rows.items()},

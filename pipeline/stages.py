@@ -34,7 +34,7 @@ class Measured:
     stages: tuple[Stage, ...]
     baseline: Outcomes
     candidate: Outcomes
-    pressure: list[dict[str, float | None]]
+    pressure: dict[str, list[float | None]]
 
 
 def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:

@@ -19,6 +19,7 @@ from benchmarks import machine
 from benchmarks.accuracy import Track, once
 from benchmarks.data import Row
 from benchmarks.data import load as load_data
+from benchmarks.machine import Unavailable
 from benchmarks.tasks import TASKS, Example, label_names, padding
 from pipeline import architectures, checkpoint, sources
 from pipeline.checkpoint import ModelError
@@ -61,6 +62,11 @@ class Work:
         self.metric = recipe.task.metric or self.task.metrics[0]
         self.machine = machine.describe()
         self.threads = recipe.target.threads or machine.usable_cores()
+        if self.threads > machine.usable_cores():
+            raise Unavailable(
+                f"target.threads: found {self.threads}, expected at most {machine.usable_cores()},"
+                " the cores that are usable here"
+            )
         self.code = _code()
         torch.set_num_threads(self.threads)
 
@@ -158,7 +164,7 @@ class Work:
             names = list(self.recipe.task.labels)
             if self.has_head and len(names) != self.config.num_labels:
                 raise ModelError(
-                    f"task.labels: found {len(names)} names, expected {self.config.num_labels},"
+                    f"task.labels: found {len(names)}, expected {self.config.num_labels},"
                     f" one for each of the model's outputs"
                 )
             return names

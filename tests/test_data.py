@@ -102,6 +102,7 @@ def test_the_same_text_with_another_label_is_the_same_example(tmp_path):
         ),
         ({"splits": {"gate": "test"}}, "gate: test: not a split of these data"),
         ({"splits": {"gate": "train[:oops]"}}, "not a split of these data"),
+        ({"splits": {"gate": "train[900:]"}}, r"split 'train\[900:\]' \(gate\): found 0 examples"),
         ({"splits": {"gate": "train[:0]"}}, r"split 'train\[:0\]' \(gate\): found 0 examples"),
     ],
 )

@@ -9,6 +9,7 @@ from pipeline.report import (
     Score,
     Stage,
     Verdict,
+    busy_note,
     check_line,
     markdown,
     shape,
@@ -72,6 +73,14 @@ def test_a_check_says_what_is_allowed():
     check = {"what": "size", "allowed": 0.4, "estimate": 0.5, "low": 0.5, "high": 0.5,
              "outcome": "fail", "note": "", "at_least": False}  # fmt: skip
     assert check_line(check) == "size: 0.5 (0.5 to 0.5), at most 0.4: fail"
+
+
+def test_a_busy_machine_is_said():
+    quiet, busy = report(), report()
+    quiet["machine"]["cpu_stalled_before_and_after"] = [None, 0.1]
+    busy["machine"]["cpu_stalled_before_and_after"] = [0.05, 0.4]
+    assert busy_note(quiet) == ""
+    assert "tasks waited 40% of the time" in busy_note(busy)
 
 
 def test_a_load_is_named_by_its_shape():

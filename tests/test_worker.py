@@ -140,7 +140,9 @@ def test_the_slower_is_called_slower(opened):
 
 def test_one_artifact_twice_is_a_tie(opened):
     pair = {"a": opened("sleeper", "0.010"), "b": opened("sleeper", "0.010")}
-    found = ratio(*(rounds[0] for rounds in compare(pair, [INPUTS], rounds=15, seconds=60).values()))
+    found = ratio(
+        *(rounds[0] for rounds in compare(pair, [INPUTS], rounds=15, seconds=60).values())
+    )
     assert found.value == pytest.approx(1.0, abs=0.05)
 
 
