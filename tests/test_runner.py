@@ -324,7 +324,7 @@ def test_a_model_without_a_head_asks_for_training(tmp_path):
         tmp_path,
         steps=[{"step": "prune", "heads": 0.25}],
         baseline="original",
-        target={"runtime": "torch"},
+        target={"runtime": "torch", "loads": [{"batch": 2, "sequence": 8}]},
     )
     from_pretrained(tmp_path / "model").bert.save_pretrained(tmp_path / "model")
     done = secateur("run", path, "--output", tmp_path / "out")
