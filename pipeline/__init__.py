@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeline.architectures import units
     from pipeline.checkpoint import from_pretrained, save_pretrained
-    from pipeline.pruning import prune_heads, prune_layers, prune_neurons
+    from pipeline.pruning import prune_heads, prune_layers, prune_neurons, prune_queries
     from pipeline.recipe import Recipe
     from pipeline.runner import run
 
@@ -21,6 +21,7 @@ _HOMES = {
     "prune_heads": "pipeline.pruning",
     "prune_layers": "pipeline.pruning",
     "prune_neurons": "pipeline.pruning",
+    "prune_queries": "pipeline.pruning",
     "run": "pipeline.runner",
     "save_pretrained": "pipeline.checkpoint",
     "units": "pipeline.architectures",
@@ -32,6 +33,7 @@ __all__ = [
     "prune_heads",
     "prune_layers",
     "prune_neurons",
+    "prune_queries",
     "run",
     "save_pretrained",
     "units",

@@ -9,15 +9,15 @@ U units, w inputs of a unit.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
-from pipeline import architectures, calibration, compensation
-from pipeline.architectures import Group, Kind, Matrix
+from pipeline import architectures, attentions, calibration, compensation
+from pipeline.architectures import Attention, Group, Kind, Size, Stack
 from pipeline.criteria import CRITERIA, GRADIENT, Evidence
 
 Cuts = Mapping[int | str, Iterable[int]]
@@ -30,11 +30,27 @@ def prune_heads(model: PreTrainedModel, heads: Cuts) -> None:
         model: one of the families in `architectures.ARCHITECTURES`.
         heads: layer index, or attention path as `units` names it -> heads, by their numbers in the
             unpruned model. In grouped-query attention a head is a key/value head with its queries.
+            An attention that loses all its heads gives the bias of its output projection.
 
     Raises:
-        ValueError: no such layer, path or head, or no head would be left; nothing is cut then.
+        ValueError: no such layer, path or head; nothing is cut then.
     """
     _prune(model, "heads", heads)
+
+
+def prune_queries(model: PreTrainedModel, queries: Cuts) -> None:
+    """Cut query heads out of grouped-query attention, in place, as many from every group.
+
+    Args:
+        model: a family whose query heads share key/value heads.
+        queries: layer index, or attention path as `units` names it -> query heads, by their numbers
+            in the unpruned model. With `prune_heads` a whole group goes instead.
+
+    Raises:
+        ValueError: no such layer, path or query head, or not as many would be left in every group;
+            nothing is cut then.
+    """
+    _prune(model, "queries", queries)
 
 
 def prune_neurons(model: PreTrainedModel, neurons: Cuts) -> None:
@@ -43,38 +59,70 @@ def prune_neurons(model: PreTrainedModel, neurons: Cuts) -> None:
     Args:
         model: one of the families in `architectures.ARCHITECTURES`.
         neurons: layer index, or FFN path as `units` names it -> neurons, by their numbers in the
-            unpruned model.
+            unpruned model. An FFN that loses all of them gives the bias of its second matrix.
 
     Raises:
-        ValueError: no such layer, path or neuron, or none would be left; nothing is cut then.
+        ValueError: no such layer, path or neuron; nothing is cut then.
     """
     _prune(model, "neurons", neurons)
 
 
-def prune_layers(model: PreTrainedModel, indices: Iterable[int]) -> None:
-    """Cut whole transformer blocks out, in place, by their numbers in the unpruned model.
+def prune_layers(model: PreTrainedModel, layers: Iterable[int | str]) -> None:
+    """Cut whole transformer blocks out, in place.
+
+    Args:
+        model: one of the families in `architectures.ARCHITECTURES`.
+        layers: numbers in the unpruned model; for an encoder-decoder with the stack before it, as
+            in `decoder.layers.3`.
 
     Raises:
-        ValueError: no such layer, or none would be left; nothing is cut then.
+        ValueError: no such layer, none would be left, or it has to stay; nothing is cut then.
     """
-    blocks, cut = architectures.layers(model), architectures.record(model)
-    known = cut["layers"] or {"kept": list(range(len(blocks))), "of": len(blocks)}
-    removed = set(indices)
-    if unknown := removed - set(range(known["of"])):
-        raise ValueError(f"layers: found {sorted(unknown)}, expected numbers below {known['of']}")
-    stays = [at for at, number in enumerate(known["kept"]) if number not in removed]
-    if not stays:
-        raise ValueError("layers: found all of them, expected at least one to be left")
+    found = {stack.layers: (stack, blocks) for stack, blocks in architectures.stacks(model)}
+    cut = architectures.record(model)
+    of = {
+        path: cut["layers"].get(path, {}).get("of", len(blocks))
+        for path, (_, blocks) in found.items()
+    }
+    removed: dict[str, set[int]] = {}
+    for named in layers:
+        path, _, number = str(named).rpartition(".")
+        path = path or (next(iter(found)) if len(found) == 1 else "")
+        if path not in found or not number.isdecimal() or int(number) >= of[path]:
+            expected = [f"{path}.0 to {path}.{count - 1}" for path, count in of.items()]
+            raise ValueError(f"layers: found {named!r}, expected {' or '.join(expected)}")
+        removed.setdefault(path, set()).add(int(number))
+    stays = {}
+    for path, numbers in removed.items():
+        stack, blocks = found[path]
+        known = cut["layers"].get(path, {}).get("kept", range(len(blocks)))
+        stays[path] = {at: n for at, n in enumerate(known) if n not in numbers}
+        if not stays[path]:
+            raise ValueError(f"{path}: found all layers, expected at least one to be left")
+        if not stack.count:
+            raise ValueError(f"{path}: found layers that share their weights; none can be cut out")
+        if stack.first and 0 in numbers:
+            raise ValueError(f"{path}.0: found layer 0, expected another one: {stack.first}")
+    for path, kept in stays.items():
+        _cut_layers(model, found[path][0], found[path][1], kept, of[path])
 
-    prefix = architectures.architecture(model).layers
-    for kind in ("heads", "neurons"):
-        cut[kind] = {
-            key.replace(f"{prefix}.{before}", f"{prefix}.{after}", 1): entry
-            for after, before in enumerate(stays)
-            for key, entry in cut[kind].items()
-            if f"{key}.".startswith(f"{prefix}.{before}.")
-        }
-    cut["layers"] = {"kept": [known["kept"][at] for at in stays], "of": known["of"]}
+
+def _cut_layers(
+    model: PreTrainedModel, stack: Stack, blocks: nn.ModuleList, stays: dict[int, int], of: int
+) -> None:
+    """Keep the blocks at the places `stays`, whose values are their numbers, and write it down."""
+    cut, config, before = architectures.record(model), model.config, len(blocks)
+    for kind in architectures.KINDS:
+        moved = {}
+        for key, entry in cut[kind].items():
+            if not key.startswith(f"{stack.layers}."):
+                moved[key] = entry
+                continue
+            at, *rest = key.removeprefix(f"{stack.layers}.").split(".")
+            if int(at) in stays:
+                moved[".".join([stack.layers, str([*stays].index(int(at))), *rest])] = entry
+        cut[kind] = moved
+    cut["layers"][stack.layers] = {"kept": list(stays.values()), "of": of}
     left = [blocks[at] for at in stays]
     del blocks[:]
     blocks.extend(left)
@@ -82,62 +130,153 @@ def prune_layers(model: PreTrainedModel, indices: Iterable[int]) -> None:
         for module in block.modules():
             if hasattr(module, "layer_idx"):  # where a decoder keeps this layer's cache
                 setattr(module, "layer_idx", index)  # noqa: B010 - mypy: not declared on Module
-    config = model.config
-    config.num_hidden_layers = len(left)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[at] for at in stays]
+    for name in ("layer_types", "no_rope_layers"):
+        if len(getattr(config, name, None) or ()) == before:
+            setattr(config, name, [getattr(config, name)[at] for at in stays])
+    setattr(config, stack.count, len(left))
     config.pruning = cut
 
 
-def apply(model: PreTrainedModel, cut: Mapping[str, dict[str, dict[str, object]]]) -> None:
-    """Cut a model as built from its configuration to what the record `cut` says is left."""
-    for kind in ("heads", "neurons"):
-        entries = cut.get(kind, {})
+def apply(model: PreTrainedModel, cut: Mapping[str, Any]) -> None:
+    """Cut a model as built from its configuration to what the record `cut` says is left.
+
+    Raises:
+        ValueError: the record is of another version, or of another model.
+    """
+    if cut.get("version") != 1:
+        raise ValueError(
+            f"config.json: pruning: found version {cut.get('version')}, expected 1;"
+            " a newer secateur wrote it"
+        )
+    for kind in architectures.KINDS:
+        entries = dict(cut.get(kind, {}))
         for group in architectures.groups(model):
             if group.kind == kind and group.key in entries:
-                kept = architectures.decode(entries[group.key]["kept"])  # type: ignore[arg-type]
-                _cut(model, group, [unit for unit in group.kept if unit in set(kept)])
-    if cut.get("layers"):
-        model.config.pruning = architectures.record(model) | {"layers": cut["layers"]}
+                kept = set(architectures.decode(entries.pop(group.key)["kept"]))
+                _cut(model, group, [unit for unit in group.kept if unit in kept])
+        if entries:
+            raise ValueError(f"config.json: pruning: found {next(iter(entries))}, no such module")
+    model.config.pruning = architectures.record(model) | {"layers": cut.get("layers", {})}
 
 
 def _prune(model: PreTrainedModel, kind: Kind, cuts: Cuts) -> None:
     found = {group.path: group for group in architectures.groups(model) if group.kind == kind}
-    by_layer = {group.layer: path for path, group in found.items()}
+    by_layer: dict[int, list[str]] = {}
+    for path, group in found.items():
+        by_layer.setdefault(group.layer, []).append(path)
     planned: dict[str, set[int]] = {}
     for key, numbers in cuts.items():
-        path = by_layer.get(key) if isinstance(key, int) else key
-        if path not in found:
+        paths = by_layer.get(key, []) if isinstance(key, int) else [key]
+        if len(paths) > 1:
+            raise ValueError(f"{kind}: found layer {key}, expected one of {paths}")
+        if not paths or paths[0] not in found:
             expected = sorted(by_layer) if isinstance(key, int) else list(found)
             raise ValueError(f"{kind}: found {key!r}, expected one of {expected}")
-        planned.setdefault(path, set()).update(numbers)
+        planned.setdefault(paths[0], set()).update(numbers)
     for path, removed in planned.items():
         group = found[path]
         if unknown := removed - set(range(group.of)):
             raise ValueError(
                 f"{path}: found {kind} {sorted(unknown)}, expected numbers below {group.of}"
             )
-        if removed.issuperset(group.kept):
-            raise ValueError(f"{path}: found all {kind}, expected at least one to be left")
+        if kind == "queries":
+            _check_even(group, removed)
     for path, removed in planned.items():
-        _cut(model, found[path], [unit for unit in found[path].kept if unit not in removed])
+        if removed.intersection(found[path].kept):
+            _cut(model, found[path], [unit for unit in found[path].kept if unit not in removed])
+
+
+def _check_even(group: Group, removed: set[int]) -> None:
+    each = group.queries // group.heads if group.heads else 0
+    # Kept in order, the queries of a key/value head stand side by side.
+    left = {
+        sum(unit not in removed for unit in group.kept[at : at + each])
+        for at in range(0, len(group.kept), each or 1)
+    }
+    if len(left) > 1 or 0 in left:
+        raise ValueError(
+            f"{group.path}: found {sorted(left)} query heads left of a key/value head, expected as"
+            " many of each, and at least one; prune_heads cuts a key/value head with its queries"
+        )
 
 
 def _cut(model: PreTrainedModel, group: Group, stays: list[int]) -> None:
     """Keep the units `stays` of the group, and write it down."""
-    places, width = positions(group, stays), group.width
-    for written in group.inputs:
-        linear = group.module.get_submodule(written.path)
-        _slice(linear, "out", _outputs(linear, written, len(group.kept), places))
-    _slice(group.reader, "in", _expand(places, width))
-    for attribute, meaning in group.sizes.items():
-        owner, _, name = attribute.rpartition(".")
-        size = len(stays) if meaning == "units" else len(stays) * width
-        setattr(group.module.get_submodule(owner), name, size)
+    with torch.device("cpu"):  # a model that is being loaded is built on no device
+        _take_out(model, group, stays)
+
+
+def _take_out(model: PreTrainedModel, group: Group, stays: list[int]) -> None:
+    if not group.kept:
+        return
+    if stays:
+        places = positions(group, stays)
+        for linear, owners in group.writers:
+            _slice(linear, "out", torch.isin(owners, torch.cat([places, -places.new_ones(1)])))
+        _slice(group.reader, "in", torch.isin(_owners(group), places))
+    else:
+        _empty(group)
     cut = architectures.record(model)
     kept = architectures.encode(tuple(stays), group.of)
     cut[group.kind][group.key] = {"kept": kept, "of": group.of}
     model.config.pruning = cut
+    if stays and isinstance(group.part, Attention):
+        after = next(
+            g for g in architectures.groups(model) if (g.key, g.kind) == (group.key, group.kind)
+        )
+        _resize(model, after, group.part)
+
+
+def _owners(group: Group) -> Tensor:
+    """Return for each of the reader's inputs the place of its unit."""
+    return torch.arange(len(group.kept)).repeat_interleave(group.width)
+
+
+def _resize(model: PreTrainedModel, group: Group, part: Attention) -> None:
+    """Tell an attention how many heads it has now, and which."""
+    core = group.module.get_submodule(part.core)
+    counts: dict[Size, int] = {
+        "queries": group.queries,
+        "groups": group.heads,
+        "queries per group": group.queries // group.heads,
+        "width": architectures.matrix(group.reader).shape[1],
+    }
+    for name, meaning in part.sizes.items():
+        if name.startswith("config."):
+            own = {name.removeprefix("config."): counts[meaning]}
+            setattr(core, "config", attentions.LayerConfig(model.config, **own))  # noqa: B010
+        else:
+            setattr(core, name, counts[meaning])
+    if part.mixed is not None:
+        attentions.become(core, part.mixed)
+        setattr(core, "kept_heads", list(group.kept_queries))  # noqa: B010
+        setattr(core, "heads_before", group.queries_before)  # noqa: B010
+
+
+def _empty(group: Group) -> None:
+    """Put constants in the place of what no longer has units."""
+    module, part = group.module, group.part
+    _replace(module, part.output, attentions.constant(group.reader))
+    present = [written for written in part.inputs if architectures.has(module, written.path)]
+    if isinstance(part, Attention):
+        core = module.get_submodule(part.core)
+        for written in present:
+            _replace(module, written.path, None)
+        attentions.become(core, part.without)
+        setattr(core, "output_path", part.output)  # noqa: B010 - mypy: not declared on Module
+    else:
+        for written in present:
+            old = architectures.matrix(module.get_submodule(written.path))
+            unread = attentions.Constant(None, old.new_zeros(written.rows.count("n"), 0))
+            _replace(module, written.path, unread)
+    for left in module.modules():
+        # The loader must not initialise by the family's rules what the family would not know.
+        setattr(left, "_is_hf_initialized", True)  # noqa: B010
+
+
+def _replace(module: nn.Module, path: str, new: nn.Module | None) -> None:
+    owner, _, name = path.rpartition(".")
+    setattr(module.get_submodule(owner), name, new)
 
 
 def positions(group: Group, numbers: Iterable[int]) -> Tensor:
@@ -146,21 +285,10 @@ def positions(group: Group, numbers: Iterable[int]) -> Tensor:
     return torch.tensor([place[unit] for unit in numbers], dtype=torch.long)
 
 
-def _expand(places: Tensor, width: int) -> Tensor:
-    """Return the indices of all `width` entries of the units at `places`."""
-    return (places[:, None] * width + torch.arange(width)).flatten()
-
-
-def _outputs(linear: nn.Module, written: Matrix, count: int, places: Tensor) -> Tensor:
-    """Return the outputs of a matrix that belong to the units at `places`, in every block."""
-    block = architectures.matrix(linear).shape[0] // written.blocks
-    within = _expand(places, block // count)
-    return torch.cat([within + start * block for start in range(written.blocks)])
-
-
-def _slice(linear: nn.Module, side: Literal["in", "out"], index: Tensor) -> None:
+def _slice(linear: nn.Module, side: Literal["in", "out"], stays: Tensor) -> None:
     """Keep some inputs or outputs of an `nn.Linear` or a `Conv1D`."""
     is_linear = isinstance(linear, nn.Linear)
+    index = stays.nonzero().flatten()
     _keep(linear, "weight", 0 if (side == "out") == is_linear else 1, index)
     if side == "out" and linear.bias is not None:
         _keep(linear, "bias", 0, index)
@@ -209,7 +337,7 @@ def choose_and_cut(
         total: number of batches.
         track: shows progress.
     """
-    groups = [g for g in architectures.groups(model) if fractions.get(g.kind)]
+    groups = [g for g in architectures.groups(model) if g.kept and fractions.get(g.kind)]
     readers = {group.path: group.reader for group in groups}
     counts = {group.path: len(group.kept) for group in groups}
     gradients: Mapping[str, Tensor] = {}
@@ -268,16 +396,16 @@ def _weights(group: Group) -> Tensor:
     """Return all parameters of each unit `(U, P)`."""
     count = len(group.kept)
     parts = [architectures.matrix(group.reader).T.reshape(count, -1)]
-    for written in group.inputs:
-        weight = architectures.matrix(group.module.get_submodule(written.path))
-        parts.extend(weight.reshape(written.blocks, count, -1))
+    for linear, owners in group.writers:
+        rows = owners.argsort(stable=True)[(owners < 0).sum() :]  # unit by unit, less the shared
+        parts.append(architectures.matrix(linear)[rows].reshape(count, -1))
     return torch.cat(parts, dim=1).detach()
 
 
 def _repair(group: Group, seen: calibration.Moments, places: Tensor) -> compensation.Repair:
     weight = architectures.matrix(group.reader).detach()
     bias = architectures.bias(group.reader)
-    kept = _expand(places, group.width)
+    kept = torch.isin(_owners(group), places).nonzero().flatten()
     if bias is not None:
         weight = torch.cat([weight, bias.detach()[:, None]], dim=1)
         kept = torch.cat([kept, torch.tensor([weight.shape[1] - 1])])

@@ -11,21 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.machine import Unavailable
 from exporters import MissingDependency
-from pipeline import from_pretrained, prune_heads, prune_neurons, save_pretrained, sources
+from pipeline import from_pretrained, prune_heads, save_pretrained, sources
 from pipeline.checkpoint import ModelError, load, open_predictor
 from pipeline.store import file_hash
-
-
-def test_shards_and_bf16_load_as_they_were_saved(family, tmp_path):
-    model = tiny(family).to(torch.bfloat16)
-    prune_heads(model, {0: [1], 2: [0, 3]})
-    prune_neurons(model, {1: [*range(30)]})
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    loaded = from_pretrained(tmp_path)
-    assert loaded.dtype == torch.bfloat16
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name])
 
 
 def test_a_pruned_backbone_takes_another_head(tmp_path):

@@ -1,0 +1,204 @@
+"""Every family: a cut is exact, whatever is cut, and survives saving and loading."""
+
+import pytest
+import torch
+from conftest import FAMILIES, inputs, tiny
+from transformers import PreTrainedModel
+
+from pipeline import architectures, from_pretrained, prune_heads, prune_neurons, save_pretrained
+from pipeline.architectures import Group
+from pipeline.pruning import prune_queries
+
+# Relative to the largest logit. Sharp weights carry rounding on from layer to layer, so that fp32
+# alone could not tell a small mistake from none; fp64 can.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+GENERATE = [f for f, (_, task, _) in FAMILIES.items() if "Classification" not in task]
+SHARED = ["falcon multi-query", "falcon grouped", "gemma2", "llama", "phi3", "qwen3"]
+
+
+@pytest.fixture(params=FAMILIES)
+def every(request: pytest.FixtureRequest) -> str:
+    """Give every family in turn."""
+    return str(request.param)
+
+
+def logits(model: PreTrainedModel, **given: torch.Tensor) -> torch.Tensor:
+    given = {
+        name: value.to(model.dtype) if value.is_floating_point() else value
+        for name, value in (given or inputs(model)).items()
+    }
+    with torch.no_grad():
+        return model(**given).logits
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def same(one: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Assert equal weights, and outputs that differ by rounding: memory is aligned otherwise."""
+    tensors, others = one.state_dict(), other.state_dict()
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    assert difference(logits(one), logits(other)) < 1e-6
+
+
+def of_kind(model: PreTrainedModel, kind: str) -> list[Group]:
+    return [group for group in architectures.groups(model) if group.kind == kind]
+
+
+def plan(model: PreTrainedModel, kind: str, *, emptied: bool) -> dict[str, list[int]]:
+    """Return other units for each layer: one left, some left, and if asked for none left."""
+    cuts = {}
+    for at, group in enumerate(of_kind(model, kind)):
+        sets = [range(1, group.of), range(0, group.of, 2), [], range(group.of - 1)]
+        if emptied:
+            sets = [range(group.of), *sets[1:]]
+        cuts[group.path] = [*sets[at % 4]]
+    return cuts
+
+
+def mask(model: PreTrainedModel, kind: str, cuts: dict[str, list[int]]) -> None:
+    """Zero the readers' columns of units: what a cut must be equal to."""
+    for group in of_kind(model, kind):
+        weight, width = architectures.matrix(group.reader), group.width
+        for unit in cuts[group.path]:
+            weight.data[:, unit * width : (unit + 1) * width] = 0
+
+
+def cut(model: PreTrainedModel, *, emptied: bool) -> PreTrainedModel:
+    heads, neurons = (plan(model, kind, emptied=emptied) for kind in ("heads", "neurons"))
+    prune_heads(model, heads)
+    prune_neurons(model, neurons)
+    return model
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("emptied", [False, True], ids=["some left", "none left"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_cut_equals_masked(every, attention, emptied, dtype):
+    try:
+        masked = tiny(every, attn_implementation=attention).to(dtype)
+    except ValueError as error:
+        if "does not support an attention implementation" not in str(error):
+            raise
+        pytest.skip(f"{every} has no {attention} attention")
+    whole = logits(masked)
+    for kind in ("heads", "neurons"):
+        mask(masked, kind, plan(masked, kind, emptied=emptied))
+    model = cut(tiny(every, attn_implementation=attention).to(dtype), emptied=emptied)
+    assert difference(logits(model), logits(masked)) < TOLERANCE[dtype]
+    assert difference(logits(model), whole) > 1e-3
+
+
+def test_cutting_nothing_changes_nothing(every):
+    model = tiny(every)
+    before = logits(model)
+    for prune, kind in ((prune_heads, "heads"), (prune_neurons, "neurons")):
+        prune(model, {group.path: [] for group in of_kind(model, kind)})
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("emptied", [False, True], ids=["some left", "none left"])
+def test_saved_and_loaded_is_the_same(every, emptied, tmp_path):
+    model = cut(tiny(every), emptied=emptied)
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    same(loaded, model)
+    assert loaded.config.pruning == model.config.pruning
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_cut_twice_is_cut_once_with_both(every, tmp_path):
+    once, twice = tiny(every), tiny(every)
+    first = {group.path: [0] for group in of_kind(once, "heads")}
+    cut(once, emptied=True)
+    prune_heads(once, first)
+    prune_heads(twice, first)
+    save_pretrained(twice, tmp_path)
+    twice = cut(from_pretrained(tmp_path), emptied=True)
+    same(once, twice)
+    assert once.config.pruning == twice.config.pruning
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_query_heads_go_from_every_group(name, tmp_path):
+    model, masked = tiny(name), tiny(name)
+    cuts = {}
+    for at, group in enumerate(of_kind(model, "queries")):
+        each = group.queries // group.heads
+        cuts[group.path] = [head * each + at % each for head in range(group.heads)]
+    mask(masked, "queries", cuts)
+    prune_queries(model, cuts)
+    assert difference(logits(model), logits(masked)) < TOLERANCE[torch.float32]
+    if model.config.model_type != "falcon" or not model.config.multi_query:
+        heads = {group.path: [1] for group in of_kind(model, "heads")}
+        mask(masked, "heads", heads)
+        prune_heads(model, heads)
+        assert difference(logits(model), logits(masked)) < TOLERANCE[torch.float32]
+    save_pretrained(model, tmp_path)
+    same(from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("emptied", [False, True], ids=["some left", "none left"])
+@pytest.mark.parametrize("name", GENERATE)
+def test_with_a_cache_as_without(name, emptied):
+    model = cut(tiny(name), emptied=emptied)
+    given = {k: v[:1] for k, v in inputs(model).items() if k != "attention_mask"}
+    decoded = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    tokens = given.pop(decoded)
+    whole = logits(model, **given, **{decoded: tokens})
+    found, cache = [], None
+    with torch.no_grad():
+        for part in tokens.split([3, 2, tokens.shape[1] - 5], dim=1):
+            step = {decoded: part, "past_key_values": cache, "use_cache": True}
+            outputs = model(**given, **step)
+            found.append(outputs.logits)
+            cache = outputs.past_key_values
+    assert difference(torch.cat(found, dim=1), whole) < 1e-5
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    first = next(iter(given.values())) if given else tokens
+    with_cache, without = (model.generate(first, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+def test_what_is_gone_is_counted_by_hand(every):
+    model = tiny(every)
+    before, gone = model.num_parameters(), 0
+    for group in of_kind(model, "heads") + of_kind(model, "neurons"):
+        if group.of == 1:
+            continue  # Falcon's multi-query attention: all of it would go
+        for linear, owners in group.writers:
+            rows = int((owners == 0).sum())
+            inputs_and_bias = architectures.matrix(linear).shape[1] + (linear.bias is not None)
+            gone += rows * inputs_and_bias
+        gone += group.width * architectures.matrix(group.reader).shape[0]
+    heads, neurons = (
+        {group.path: [0] for group in of_kind(model, kind) if group.of > 1}
+        for kind in ("heads", "neurons")
+    )
+    prune_heads(model, heads)
+    prune_neurons(model, neurons)
+    assert before - model.num_parameters() == gone
+
+
+def test_shards_in_bf16_load_as_they_were_saved(every, tmp_path):
+    model = cut(tiny(every).to(torch.bfloat16), emptied=True)
+    model.save_pretrained(tmp_path, max_shard_size="5KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_a_loaded_model_trains(every, tmp_path):
+    save_pretrained(cut(tiny(every), emptied=False), tmp_path)
+    model = from_pretrained(tmp_path)
+    model(**inputs(model)).logits.square().sum().backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    save_pretrained(tiny(every), tmp_path)
+    untouched = from_pretrained(tmp_path)
+    untouched(**inputs(untouched)).logits.square().sum().backward()
+    assert without == {name for name, p in untouched.named_parameters() if p.grad is None}
