@@ -63,7 +63,7 @@ def export(
     model: Any,
     samples: Sequence[Arrays],
     *,
-    axes: Sequence[str],
+    axes: Sequence[str] | Mapping[str, Sequence[str]],
     path: Path,
     fuse_for: Literal["cpu", "cuda"] | None,
 ) -> float:
@@ -73,7 +73,8 @@ def export(
         model: a `PreTrainedModel` in evaluation mode, in fp32, on the CPU.
         samples: batches of inputs; the first is traced, the outputs for the others are compared, so
             they should have other shapes.
-        axes: the names of the leading axes of every input, all dynamic.
+        axes: the names of the leading axes of every input, or of each, all dynamic; those of the
+            same name have the same size.
         path: the file to write; its folder must be there.
         fuse_for: the execution provider ("cpu", "cuda") whose own operators may be used; None keeps
             to the standard ones.
@@ -88,9 +89,19 @@ def export(
     # Two rows and eight tokens at least: torch.export takes a size of 1 for a constant.
     traced: dict[str, Any] = {name: torch.from_numpy(a) for name, a in samples[0].items()}
     longest = getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    limits = {"batch": (1, 1 << 20), "sequence": (2, longest)}
-    dimensions = [torch.export.Dim(axis, min=limits[axis][0], max=limits[axis][1]) for axis in axes]
-    shapes = {name: dict(enumerate(dimensions)) for name in traced}
+    limits = {
+        "batch": (1, 1 << 20),
+        "sequence": (2, longest),
+        "decoder_sequence": (2, longest),
+    }
+    named = axes if isinstance(axes, Mapping) else dict.fromkeys(traced, axes)
+    dimensions = {
+        axis: torch.export.Dim(axis, min=lowest, max=highest)
+        for axis, (lowest, highest) in limits.items()
+    }
+    shapes = {
+        name: {at: dimensions[axis] for at, axis in enumerate(named[name])} for name in traced
+    }
     options = OnnxConfig(
         dynamic=True,
         dynamic_shapes=shapes,
@@ -100,17 +111,17 @@ def export(
     )
     with quiet():
         program = OnnxExporter().export(model, traced, config=options).program
-        rename_axes(program, axes)
+        rename_axes(program, named)
         save(program, path)
     return verify(model, samples[1:] or samples, path)
 
 
-def rename_axes(program: Any, axes: Sequence[str]) -> None:
+def rename_axes(program: Any, axes: Mapping[str, Sequence[str]]) -> None:
     """Give the dynamic axes of the inputs their names; the exporter calls them s18 and s41."""
     names = {
         str(dimension): axis
         for value in program.graph.inputs
-        for dimension, axis in zip(value.shape, axes, strict=False)
+        for dimension, axis in zip(value.shape, axes.get(value.name, ()), strict=False)
         if not isinstance(dimension, int)
     }
     import onnx_ir

@@ -9,9 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.architectures import units
     from pipeline.checkpoint import from_pretrained, save_pretrained
-    from pipeline.pruning import prune_heads, prune_layers, prune_neurons, prune_queries
+    from pipeline.pruning import (
+        prune_heads,
+        prune_layers,
+        prune_neurons,
+        prune_queries,
+        units,
+    )
     from pipeline.recipe import Recipe
     from pipeline.runner import run
 
@@ -24,7 +29,7 @@ _HOMES = {
     "prune_queries": "pipeline.pruning",
     "run": "pipeline.runner",
     "save_pretrained": "pipeline.checkpoint",
-    "units": "pipeline.architectures",
+    "units": "pipeline.pruning",
 }
 
 __all__ = [

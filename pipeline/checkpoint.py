@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
-from pipeline import pruning
+from pipeline import selfcheck, surgery
 
 
 class ModelError(ValueError):
@@ -157,7 +157,8 @@ def _pruned(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
             config.pruning = None
         kind.__init__(self, config, *args, **kwargs)
         if cut:
-            pruning.apply(self, cut)
+            selfcheck.ensure(self)
+            surgery.apply(self, cut)
             # The record is written anew by the cut itself; keep every entry that was read.
             self.config.pruning = cut
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.accuracy import once
 from benchmarks.tasks import Arrays, collate
 from exporters import onnx
-from pipeline import architectures, calibration, checkpoint, pruning, sources
+from pipeline import calibration, checkpoint, pruning, selfcheck, sources, structure
 from pipeline.checkpoint import ModelError
 from pipeline.finetuning import Teacher
 from pipeline.finetuning import finetune as train
@@ -91,6 +91,10 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
 
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
+        try:
+            selfcheck.ensure(model)
+        except ValueError as error:
+            raise ModelError(f"{work.recipe.model.source}: {error}") from error
         choice = pruning.choose_and_cut(
             model,
             {"heads": step.heads, "neurons": step.neurons},
@@ -100,7 +104,7 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
             total=-(-windows // CALIBRATION_BATCH),
             track=work.track,
         )
-        heads = architectures.units(model).heads
+        heads = structure.units(model).heads
         details = {
             what: {path: found for path, found in of_each.items() if path in heads}
             for what, of_each in (("scores", choice.scores), ("removed", choice.removed))

@@ -21,9 +21,9 @@ from benchmarks.data import Row
 from benchmarks.data import load as load_data
 from benchmarks.machine import Unavailable
 from benchmarks.tasks import TASKS, Example, label_names, padding
-from pipeline import architectures, checkpoint, sources
+from pipeline import checkpoint, sources, structure
 from pipeline.checkpoint import ModelError
-from pipeline.recipe import Prune, Recipe
+from pipeline.recipe import Recipe
 from pipeline.store import Entry, Store, fingerprint
 
 # What these files say cannot change a stage's content.
@@ -77,7 +77,6 @@ class Work:
         self.processor = sources.processor(self.source, self.task.processor, revision)
         self.padding = padding(self.processor)
         self._check_lengths()
-        self._check_family()
         read = partial(
             load_data,
             recipe.task.data,
@@ -132,7 +131,7 @@ class Work:
         self.processor.save_pretrained(folder)
         about = {"parameters": model.num_parameters(), "details": dict(details)}
         try:
-            groups = architectures.groups(model)
+            groups = structure.groups(model)
         except ValueError:  # a family that cannot be pruned can still be quantized and exported
             groups = []
         heads = [group for group in groups if group.kind == "heads"]
@@ -172,15 +171,6 @@ class Work:
             names_by_id: dict[Any, str] = dict(self.config.id2label or {})
             return [names_by_id[at] for at in sorted(names_by_id)]
         return label_names(self.rows["train"] if "train" in self.rows else self.rows["gate"], role)
-
-    def _check_family(self) -> None:
-        prunes = any(isinstance(step, Prune) for step in self.recipe.steps)
-        if prunes and self.config.model_type not in architectures.ARCHITECTURES:
-            raise ModelError(
-                f"{self.recipe.model.source}: found the family {self.config.model_type!r}, expected"
-                f" one of {sorted(architectures.ARCHITECTURES)} for a prune step; it can still be"
-                " trained, quantized and exported"
-            )
 
     def _check_lengths(self) -> None:
         longest = getattr(self.config, "max_position_embeddings", None)

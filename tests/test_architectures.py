@@ -5,8 +5,8 @@ from conftest import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import architectures, prune_heads, units
-from pipeline.architectures import decode, encode
+from pipeline import prune_heads, structure, units
+from pipeline.structure import decode, encode
 
 
 @given(st.integers(1, 2000), st.data())
@@ -22,7 +22,7 @@ def test_few_units_are_listed_and_many_are_a_mask():
 
 def test_a_head_unit_of_grouped_attention_holds_its_queries():
     model = tiny("llama")  # eight query heads of size 4 over four key/value heads
-    group = architectures.groups(model)[0]
+    group = structure.groups(model)[0]
     assert (len(group.kept), group.width) == (4, 8)
     before = {n: p.shape for n, p in model.model.layers[0].self_attn.named_parameters()}
     prune_heads(model, {0: [2]})

@@ -4,19 +4,19 @@ import pytest
 import torch
 from conftest import batch, tiny
 
-from pipeline import architectures
+from pipeline import structure
 from pipeline.calibration import mask_gradients, moments
 
 
 def readers(model):
-    return {group.path: group.reader for group in architectures.groups(model)}
+    return {group.path: group.reader for group in structure.groups(model)}
 
 
 def test_mask_gradients_equal_autograd_on_a_mask(family):
     model = tiny(family)
     labels = batch()["input_ids"] if family in {"gpt2", "llama"} else torch.tensor([0, 1])
     data = {**batch(), "labels": labels}
-    groups = architectures.groups(model)
+    groups = structure.groups(model)
     counts = {group.path: len(group.kept) for group in groups}
     found = mask_gradients(model, readers(model), counts, [data], total=1)
 

@@ -5,9 +5,15 @@ import torch
 from conftest import FAMILIES, inputs, tiny
 from transformers import PreTrainedModel
 
-from pipeline import architectures, from_pretrained, prune_heads, prune_neurons, save_pretrained
-from pipeline.architectures import Group
-from pipeline.pruning import prune_queries
+from pipeline import (
+    from_pretrained,
+    prune_heads,
+    prune_neurons,
+    prune_queries,
+    save_pretrained,
+    structure,
+)
+from pipeline.structure import Group
 
 # Relative to the largest logit. Sharp weights carry rounding on from layer to layer, so that fp32
 # alone could not tell a small mistake from none; fp64 can.
@@ -44,7 +50,7 @@ def same(one: PreTrainedModel, other: PreTrainedModel) -> None:
 
 
 def of_kind(model: PreTrainedModel, kind: str) -> list[Group]:
-    return [group for group in architectures.groups(model) if group.kind == kind]
+    return [group for group in structure.groups(model) if group.kind == kind]
 
 
 def plan(model: PreTrainedModel, kind: str, *, emptied: bool) -> dict[str, list[int]]:
@@ -61,7 +67,7 @@ def plan(model: PreTrainedModel, kind: str, *, emptied: bool) -> dict[str, list[
 def mask(model: PreTrainedModel, kind: str, cuts: dict[str, list[int]]) -> None:
     """Zero the readers' columns of units: what a cut must be equal to."""
     for group in of_kind(model, kind):
-        weight, width = architectures.matrix(group.reader), group.width
+        weight, width = structure.matrix(group.reader), group.width
         for unit in cuts[group.path]:
             weight.data[:, unit * width : (unit + 1) * width] = 0
 
@@ -171,9 +177,9 @@ def test_what_is_gone_is_counted_by_hand(every):
             continue  # Falcon's multi-query attention: all of it would go
         for linear, owners in group.writers:
             rows = int((owners == 0).sum())
-            inputs_and_bias = architectures.matrix(linear).shape[1] + (linear.bias is not None)
+            inputs_and_bias = structure.matrix(linear).shape[1] + (linear.bias is not None)
             gone += rows * inputs_and_bias
-        gone += group.width * architectures.matrix(group.reader).shape[0]
+        gone += group.width * structure.matrix(group.reader).shape[0]
     heads, neurons = (
         {group.path: [0] for group in of_kind(model, kind) if group.of > 1}
         for kind in ("heads", "neurons")

@@ -6,12 +6,12 @@ from conftest import batch, tiny
 from transformers import PreTrainedModel
 
 from pipeline import (
-    architectures,
     from_pretrained,
     prune_heads,
     prune_layers,
     prune_neurons,
     save_pretrained,
+    structure,
     units,
 )
 from pipeline.pruning import choose, choose_and_cut
@@ -27,9 +27,9 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 def mask(model: PreTrainedModel, kind: str, removed: dict[int, list[int]]) -> None:
     """Zero the readers' columns of units: what a cut must be equal to."""
-    for group in architectures.groups(model):
+    for group in structure.groups(model):
         if group.kind == kind and group.layer in removed:
-            weight = architectures.matrix(group.reader)
+            weight = structure.matrix(group.reader)
             width = weight.shape[1] // group.of
             for unit in removed[group.layer]:
                 weight.data[:, unit * width : (unit + 1) * width] = 0
@@ -159,15 +159,6 @@ def test_wrong_layers_are_refused():
         prune_layers(model, [0, 1, 2])
 
 
-def test_an_unknown_family_is_refused_by_name():
-    model = tiny("bert")
-    model.config.model_type = "perceiver"
-    with pytest.raises(
-        ValueError, match="BertForSequenceClassification: found the family 'perceiver'"
-    ):
-        units(model)
-
-
 def test_choose_takes_the_lowest_but_leaves_one_in_each():
     chosen = choose({"a": torch.tensor([0.1, 0.2, 0.3]), "b": torch.tensor([0.4, 9.0, 8.0])}, 0.5)
     assert {path: sorted(places.tolist()) for path, places in chosen.items()} == {
@@ -181,11 +172,11 @@ def test_choose_takes_the_lowest_but_leaves_one_in_each():
 def test_a_head_that_gives_nothing_goes_first(family, criterion, repair):
     model = tiny(family)
     dead = {0: [2], 1: [0]}
-    for group in architectures.groups(model):
+    for group in structure.groups(model):
         if group.kind == "heads" and group.layer in dead:
             for unit in dead[group.layer]:
                 for linear, owners in group.writers:
-                    architectures.matrix(linear).data[owners == unit] *= 1e-3
+                    structure.matrix(linear).data[owners == unit] *= 1e-3
     mask(model, "heads", dead)
     before = logits(model)
     labels = (

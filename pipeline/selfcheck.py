@@ -1,0 +1,201 @@
+"""Families without a row: try the rows that there are, on a small copy with random weights.
+
+A row fits if its modules are there and if, on the copy, a cut gives what zeroing gives. The copy
+has the model's classes and widths, two layers and a small vocabulary, so that the check takes
+seconds, whatever the model weighs.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pipeline import structure, surgery
+from pipeline.architectures import ARCHITECTURES, Architecture, Attention, Ffn, Size, Stack
+
+LAYERS: Final = 2
+VOCABULARY: Final = 64
+SIZES: Final[Mapping[str, Size]] = {
+    "num_heads": "queries",
+    "num_attention_heads": "queries",
+    "n_heads": "queries",
+    "num_key_value_heads": "groups",
+    "num_kv_heads": "groups",
+    "num_key_value_groups": "queries per group",
+    "all_head_size": "width",
+}
+"""What attributes that count heads are usually called; set where an attention has them."""
+TOLERANCE: Final = 1e-8
+"""Largest difference relative to the largest output, in fp64; some norms compute in fp32."""
+
+
+def ensure(model: PreTrainedModel) -> None:
+    """Find a row for the model's family, if the table has none.
+
+    Raises:
+        ValueError: no row fits, and why.
+    """
+    family = model.config.model_type
+    if family in ARCHITECTURES or family in structure.LEARNED:
+        return
+    name = type(model).__name__
+    reasons = []
+    for row in _rows(model):
+        structure.LEARNED[family] = row
+        reason = _difference(model)
+        if reason is None:
+            return
+        del structure.LEARNED[family]
+        reasons.append(reason)
+    why = reasons[0] if reasons else _unlike_any(model)
+    raise ValueError(
+        f"{name}: found the family {family!r}, which cannot be cut: {why}; families that can be:"
+        f" {', '.join(sorted(ARCHITECTURES))}"
+    )
+
+
+def _rows(model: PreTrainedModel) -> list[Architecture]:
+    """Return the rows whose modules are in the model, without repetition."""
+    found: list[Architecture] = []
+    for known in ARCHITECTURES.values():
+        if callable(known) or not all(_fits(model, stack) for stack in known):
+            continue
+        row = tuple(_with_sizes(stack) for stack in known)
+        if row not in found:
+            found.append(row)
+    return found
+
+
+def _with_sizes(stack: Stack) -> Stack:
+    return replace(
+        stack, attentions=tuple(replace(a, sizes={**SIZES, **a.sizes}) for a in stack.attentions)
+    )
+
+
+def _fits(model: PreTrainedModel, stack: Stack) -> bool:
+    if not structure.has(model.base_model, stack.layers) or not hasattr(model.config, stack.heads):
+        return False
+    layer = next(model.base_model.get_submodule(stack.layers).children(), nn.Identity())
+    found = [part for part in stack.attentions if structure.has(layer, part.path)]
+    parts: list[Attention | Ffn] = [*found, stack.ffn]
+    return bool(found) and all(
+        structure.has(layer, part.path) and _has_all(layer.get_submodule(part.path), part)
+        for part in parts
+    )
+
+
+def _has_all(module: nn.Module, part: Attention | Ffn) -> bool:
+    inputs = part.inputs[:3] if isinstance(part, Attention) else part.inputs[:1]
+    return all(structure.has(module, path) for path in [part.output, *(m.path for m in inputs)])
+
+
+def _difference(model: PreTrainedModel) -> str | None:
+    """Return why a cut of the copy is not what zeroing is; None if it is."""
+    try:
+        with torch.device("cpu"):
+            given, masked, cut = _inputs(model), _copy(model), _copy(model)
+            for group in structure.groups(masked):
+                if group.kind != "queries" and group.of > 1:
+                    weight = structure.matrix(group.reader)
+                    weight.data[:, surgery.owners(group) == 0] = 0
+            for kind in ("heads", "neurons"):
+                for group in structure.groups(cut):
+                    if group.kind == kind and group.of > 1:
+                        surgery.keep(cut, group, list(group.kept[1:]))
+            whole, expected, found = (_run(m, given) for m in (_copy(model), masked, cut))
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return _leftover(model) or f"a cut copy does not run ({lines[0]})"
+    if torch.equal(whole, expected):
+        return "its outputs do not depend on what would be cut"
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE:
+        return _leftover(model) or f"a cut head or neuron changes the others ({difference:.1e})"
+    return None
+
+
+def _copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same class and widths, with two layers, in fp64, the same each time."""
+    config = copy.deepcopy(model.config)
+    config.pruning = None
+    before = len(structure.stacks(model)[0][1])
+    for stack, _ in structure.stacks(model):
+        setattr(config, stack.count, LAYERS)
+    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+        if len(getattr(config, name, None) or ()) == before:
+            setattr(config, name, getattr(config, name)[:LAYERS])
+    if hasattr(config, "vocab_size"):
+        config.vocab_size = VOCABULARY
+        for name in _tokens(config):
+            setattr(config, name, 0)
+    kind = type(model)
+    small: PreTrainedModel = kind(config)
+    generator = torch.Generator().manual_seed(0)
+    small = small.double()
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5 * 2)
+            else:
+                parameter.copy_(noise * 0.2 + (1.0 if name.endswith("norm.weight") else 0.0))
+    return small.eval()
+
+
+def _tokens(config: PretrainedConfig) -> list[str]:
+    return [
+        name
+        for name, value in config.to_dict().items()
+        if re.search("token_id", name) and isinstance(value, int)
+    ]
+
+
+def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, VOCABULARY, (2, 9), generator=generator)
+    config: Any = model.config
+    if model.main_input_name == "input_ids":
+        given = {"input_ids": tokens}
+    elif model.main_input_name == "pixel_values":
+        sides = config.image_size
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
+        given = {"pixel_values": pixels.double()}
+    else:
+        raise ValueError(f"the input {model.main_input_name!r} is not one that can be made up")
+    return given | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
+
+
+def _run(model: PreTrainedModel, given: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        outputs = model(**given)
+    first: Tensor = next(value for value in outputs.values() if isinstance(value, Tensor))
+    return first
+
+
+def _leftover(model: PreTrainedModel) -> str | None:
+    """Return which parameter of an attention belongs to heads, and is not cut with them."""
+    for group in structure.groups(model):
+        if group.kind != "heads":
+            continue
+        paths = [written.path for written in group.part.inputs] + [group.part.output]
+        heads, inputs = group.queries, structure.matrix(group.reader).shape[1]
+        for name, parameter in group.module.named_parameters():
+            if not any(name.startswith(f"{path}.") for path in paths):
+                if parameter.shape[-1] in {inputs, inputs * group.heads // heads}:
+                    return f"{name} is a norm over all heads at once, which a cut would change"
+                if heads in parameter.shape:
+                    return f"{name} has a value for every head, which is not known here"
+    return None
+
+
+def _unlike_any(model: PreTrainedModel) -> str:
+    for name, _ in model.named_modules():
+        if name.endswith(("kv_b_proj", "kv_a_proj_with_mqa")):
+            return f"{name} makes keys and values of all heads from one (latent attention)"
+    return "its layers lie at none of the places that are known"

@@ -1,0 +1,82 @@
+"""Families without a row are cut exactly or refused, with the reason."""
+
+import pytest
+import torch
+import transformers
+from conftest import GROUPED, TOKENS, batch
+from transformers import PreTrainedModel
+
+from pipeline import from_pretrained, prune_heads, prune_neurons, save_pretrained, structure, units
+
+LATENT = {
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 2,
+    "num_experts_per_tok": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 3,
+}
+
+
+def build(name: str, **sizes: object) -> PreTrainedModel:
+    config = getattr(transformers, f"{name}Config")(**GROUPED | TOKENS | sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+@pytest.fixture(autouse=True)
+def unlearned():
+    """Let every test begin with the table alone."""
+    structure.LEARNED.clear()
+    yield
+    structure.LEARNED.clear()
+
+
+@pytest.mark.parametrize("name", ["Olmo", "Cohere", "StableLm", "Granite"])
+def test_a_family_like_a_known_one_is_cut_as_that_is(name, tmp_path):
+    model, masked = build(name), build(name)
+    assert [*units(model).heads.values()] == [4, 4, 4]
+    with torch.no_grad():
+        for group in structure.groups(masked):
+            if group.kind != "queries":
+                structure.matrix(group.reader)[:, : group.width] = 0
+    prune_heads(model, {layer: [0] for layer in range(3)})
+    prune_neurons(model, {layer: [0] for layer in range(3)})
+    with torch.no_grad():
+        found, expected = (m(**batch()).logits for m in (model, masked))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    save_pretrained(model, tmp_path)
+    structure.LEARNED.clear()  # as in another process
+    with torch.no_grad():
+        again = from_pretrained(tmp_path)(**batch()).logits
+    torch.testing.assert_close(again, found, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        (
+            "Olmo2",
+            {},
+            r"Olmo2ForCausalLM: found the family 'olmo2', which .*: [qk]_norm\.weight is a norm over all",
+        ),
+        ("DeepseekV3", LATENT, r"kv_a_proj_with_mqa makes keys and values of all heads from one"),
+        ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "which cannot be cut:"),
+        ("Mamba", {}, "its layers lie at none of the places that are known"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_the_reason(name, sizes, message):
+    model = build(name, **sizes)
+    before = model.num_parameters()
+    with pytest.raises(ValueError, match=message):
+        prune_heads(model, {0: [0]})
+    assert model.num_parameters() == before
