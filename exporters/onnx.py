@@ -88,6 +88,9 @@ def export(
 
     # Two rows and eight tokens at least: torch.export takes a size of 1 for a constant.
     traced: dict[str, Any] = {name: torch.from_numpy(a) for name, a in samples[0].items()}
+    for module in model.modules():  # an encoder and a decoder have their own
+        if getattr(getattr(module, "config", None), "use_cache", False):
+            module.config.use_cache = False
     longest = getattr(model.config, "max_position_embeddings", None) or 1 << 20
     limits = {
         "batch": (1, 1 << 20),

@@ -97,6 +97,22 @@ def load(
     return model, sorted(info["missing_keys"])
 
 
+def without_weights(source: str | Path) -> PreTrainedModel:
+    """Return the model as its config says, cut or not, on the device `meta`.
+
+    Raises:
+        ModelError: no such model, or not one of a transformers class.
+    """
+    config = read_config(source)
+    config._attn_implementation = "eager"  # noqa: SLF001 - as from_pretrained's argument does
+    kind = _pruned(model_class(source, config, None))
+    try:
+        with torch.device("meta"):
+            return kind(config).eval()
+    except ValueError as error:
+        raise ModelError(f"{source}: {_first_line(error)}") from error
+
+
 def read_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
     """Return the configuration of a folder or a hub id.
 

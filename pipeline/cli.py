@@ -63,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="resolve recipes, and say what would run")
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
     check.set_defaults(command=_check)
+    inspect = commands.add_parser("inspect", help="what a model is made of, and what can be cut")
+    inspect.add_argument("model", metavar="MODEL", help="folder, hub id or builtin:minilm")
+    inspect.add_argument("--sequence", type=int, default=128, help="tokens; default: 128")
+    inspect.set_defaults(command=_inspect)
     doctor = commands.add_parser("doctor", help="what this machine can run")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -188,6 +192,43 @@ def _check_one(path: Path) -> int:
     found = ", ".join(f"{split} {count}" for split, count in examples.items())
     out.print(f"  examples: {found}")
     return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from pipeline.inspection import inspect
+    from pipeline.sources import resolve
+
+    found = inspect(resolve(options.model), options.sequence)
+    out.print(f"{escape(options.model)}: {found.kind}, family {found.family}", soft_wrap=True)
+    totals = sum(found.parameters.values()), sum(found.multiply_adds.values())
+    parts = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("part", "parameters", "share", f"multiply-adds, 1x{found.sequence}", "share"):
+        parts.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
+    for part in (*found.parameters, "all"):
+        cells = [part]
+        for counts, total in zip((found.parameters, found.multiply_adds), totals, strict=True):
+            count = counts.get(part, total)
+            cells += [f"{count:,}", f"{count / max(total, 1):.3f}"]
+        parts.add_row(*cells)
+    out.print(parts)
+    if found.refusal:
+        out.print(f"[yellow]cannot be cut: {escape(found.refusal)}[/]", soft_wrap=True)
+        return 0
+    out.print()
+    columns = ("heads", "queries", "neurons")
+    layers = Table(box=None, pad_edge=False, header_style="bold")
+    layers.add_column("can be cut", no_wrap=True)
+    for name in columns:
+        layers.add_column(name, justify="right", no_wrap=True)
+    for layer in found.layers:
+        counts = [getattr(layer, name) for name in columns]
+        layers.add_row(escape(layer.name), *("" if c is None else _of(*c) for c in counts))
+    out.print(layers)
+    return 0
+
+
+def _of(left: int, before: int) -> str:
+    return str(left) if left == before else f"{left} of {before}"
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -98,7 +98,7 @@ def _difference(model: PreTrainedModel) -> str | None:
     """Return why a cut of the copy is not what zeroing is; None if it is."""
     try:
         with torch.device("cpu"):
-            given, masked, cut = _inputs(model), _copy(model), _copy(model)
+            given, masked, cut = example(model, 2, 9), _copy(model), _copy(model)
             for group in structure.groups(masked):
                 if group.kind != "queries" and group.of > 1:
                     weight = structure.matrix(group.reader)
@@ -155,16 +155,24 @@ def _tokens(config: PretrainedConfig) -> list[str]:
     ]
 
 
-def _inputs(model: PreTrainedModel) -> dict[str, Tensor]:
+def example(model: PreTrainedModel, batch: int, sequence: int) -> dict[str, Tensor]:
+    """Return random inputs of the kind that the model takes, floating ones in fp64.
+
+    Raises:
+        ValueError: it takes neither text nor images nor sound.
+    """
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, VOCABULARY, (2, 9), generator=generator)
+    tokens = torch.randint(1, VOCABULARY, (batch, sequence), generator=generator)
     config: Any = model.config
-    if model.main_input_name == "input_ids":
+    if model.main_input_name == "input_features":
+        shape = batch, config.num_mel_bins, 2 * config.max_source_positions
+        given = {"input_features": torch.randn(*shape, generator=generator).double()}
+    elif model.main_input_name == "input_ids":
         given = {"input_ids": tokens}
     elif model.main_input_name == "pixel_values":
         sides = config.image_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
-        pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
+        pixels = torch.randn(batch, config.num_channels, height, width, generator=generator)
         given = {"pixel_values": pixels.double()}
     else:
         raise ValueError(f"the input {model.main_input_name!r} is not one that can be made up")

@@ -168,7 +168,6 @@ def export(work: Work, before: Artifact) -> Entry:
 
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
-        model.config.use_cache = False
         (folder / onnx.MODEL).parent.mkdir()
         export = partial(
             onnx.export,

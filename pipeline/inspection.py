@@ -1,0 +1,150 @@
+"""What a model is made of, and what of it can be cut: from its configuration, without its weights.
+
+The model is built on no device (`meta`), so that a model of any size is looked at in seconds;
+multiply-adds are counted by running it there.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from pipeline import checkpoint, selfcheck, structure
+
+PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head and rest")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer's units: those that are left, and in brackets in the table those that there were.
+
+    Heads are key/value heads with their queries; `queries` are query heads. An encoder-decoder's
+    layer has a row for each of its attentions; the last of them has the neurons.
+    """
+
+    name: str
+    heads: tuple[int, int] | None
+    queries: tuple[int, int] | None
+    neurons: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`parameters` and `multiply_adds` by part; the latter for one input of `sequence` tokens.
+
+    `refusal` says why nothing can be cut, else it is empty.
+    """
+
+    kind: str
+    family: str
+    sequence: int
+    parameters: dict[str, int]
+    multiply_adds: dict[str, int]
+    layers: list[Layer]
+    refusal: str
+
+
+def inspect(source: str | Path, sequence: int = 128) -> Inspection:
+    """Return what a model folder or hub id is made of.
+
+    Raises:
+        ModelError: no such model.
+    """
+    model = checkpoint.without_weights(source)
+    refusal, groups = "", []
+    try:
+        selfcheck.ensure(model)
+        groups = structure.groups(model)
+    except ValueError as error:
+        refusal = str(error)
+    parts = _parts(model, groups)
+    sequence = min(sequence, getattr(model.config, "max_position_embeddings", None) or sequence)
+    return Inspection(
+        kind=type(model).__name__,
+        family=model.config.model_type,
+        sequence=sequence,
+        parameters=_parameters(model, parts),
+        multiply_adds=_multiply_adds(model, parts, sequence),
+        layers=_layers(groups),
+        refusal=refusal,
+    )
+
+
+def _parts(model: PreTrainedModel, groups: list[structure.Group]) -> dict[str, str]:
+    """Return module path -> part; what lies in none of the modules belongs to the last part."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            found[name] = "embeddings"
+    for group in groups:
+        if group.kind == "heads":
+            found[group.path] = "attention"
+        if group.kind == "neurons" and group.part.path:
+            found[group.path] = "ffn"
+        elif group.kind == "neurons":
+            for path in (group.part.output, *(written.path for written in group.part.inputs)):
+                found[f"{group.path}.{path}"] = "ffn"
+    if groups:
+        base = "" if model.base_model is model else f"{model.base_model_prefix}."
+        for stack, layers in structure.stacks(model):
+            for at in range(len(layers)):
+                found.setdefault(f"{base}{stack.layers}.{at}", "rest of the layers")
+    return found
+
+
+def _part(name: str, parts: dict[str, str]) -> str:
+    while name:
+        if name in parts:
+            return parts[name]
+        name = name.rpartition(".")[0]
+    return PARTS[-1]
+
+
+def _parameters(model: PreTrainedModel, parts: dict[str, str]) -> dict[str, int]:
+    found = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        found[_part(name, parts)] += parameter.numel()
+    return found
+
+
+def _multiply_adds(model: PreTrainedModel, parts: dict[str, str], sequence: int) -> dict[str, int]:
+    found = dict.fromkeys(PARTS, 0)
+    inputs = {
+        name: tensor.to("meta") for name, tensor in selfcheck.example(model, 1, sequence).items()
+    }
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
+    counts = counter.get_flop_counts()
+    prefix = f"{type(model).__name__}."
+    total = {
+        name.removeprefix(prefix): sum(of_kind.values())
+        for name, of_kind in counts.items()
+        if name.startswith(prefix)
+    }
+    for name, flops in total.items():
+        # A module's count holds those of its children, which come with counts of their own.
+        inner = sum(other for child, other in total.items() if child.rpartition(".")[0] == name)
+        found[_part(name, parts)] += (flops - inner) // 2
+    rest = sum(counts["Global"].values()) // 2 - sum(found.values())
+    found[PARTS[-1]] += rest
+    return found
+
+
+def _layers(groups: list[structure.Group]) -> list[Layer]:
+    rows: dict[str, dict[str, tuple[int, int]]] = {}
+    last = ""
+    for group in groups:
+        count = len(group.kept), group.of
+        if group.kind == "heads":
+            last = group.path
+            rows[last] = {"heads": count}
+        elif group.kind == "queries" or last:
+            rows[last][group.kind] = count
+    return [
+        Layer(name, found.get("heads"), found.get("queries"), found.get("neurons"))
+        for name, found in rows.items()
+    ]

@@ -1,0 +1,62 @@
+"""A model's parts, counted from its configuration alone."""
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny
+
+from pipeline import prune_heads, prune_neurons, save_pretrained, units
+from pipeline.checkpoint import ModelError
+from pipeline.cli import main
+from pipeline.inspection import inspect
+
+
+@pytest.mark.parametrize("every", FAMILIES)
+def test_parts_add_up_to_the_model(every, tmp_path):
+    model = tiny(every)
+    prune_neurons(model, {path: [0, 1] for path in units(model).neurons})
+    save_pretrained(model, tmp_path)
+    found = inspect(tmp_path, sequence=8)
+    assert sum(found.parameters.values()) == sum(p.numel() for p in model.parameters())
+    assert found.parameters["attention"] > 0
+    assert found.parameters["ffn"] > 0
+    assert found.multiply_adds["attention"] > 0
+    assert not found.refusal
+
+
+def test_multiply_adds_are_those_counted_by_hand(tmp_path):
+    model = tiny("bert")
+    prune_heads(model, {0: [1], 1: [0, 1, 2, 3]})
+    save_pretrained(model, tmp_path)
+    found = inspect(tmp_path, sequence=16)
+    tokens, width, heads = 16, 8, 3 + 0 + 4
+    projections = 4 * tokens * 32 * heads * width
+    products = 2 * tokens * tokens * heads * width
+    assert found.multiply_adds["attention"] == projections + products
+    assert found.multiply_adds["ffn"] == 3 * 2 * tokens * 32 * 48
+    # The pooler and the classifier see one token.
+    assert found.multiply_adds["head and rest"] == 32 * 32 + 32 * 2
+    assert [layer.heads for layer in found.layers] == [(3, 4), (0, 4), (4, 4)]
+
+
+def test_the_command_shows_what_is_left(tmp_path, capsys):
+    model = tiny("llama")
+    prune_heads(model, {1: [0]})
+    save_pretrained(model, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(tmp_path)])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "model.layers.1.self_attn  3 of 4  6 of 8       48" in shown
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in shown
+
+
+def test_a_model_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(ModelError, match="no such folder"):
+        inspect(tmp_path / "nowhere")
+
+
+def test_no_weights_are_read(tmp_path):
+    save_pretrained(tiny("bert"), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert inspect(tmp_path).family == "bert"
+    assert torch.get_default_device().type == "cpu"
