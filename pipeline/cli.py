@@ -221,13 +221,16 @@ def _inspect(options: argparse.Namespace) -> int:
     for name in columns:
         layers.add_column(name, justify="right", no_wrap=True)
     for layer in found.layers:
-        counts = [getattr(layer, name) for name in columns]
-        layers.add_row(escape(layer.name), *("" if c is None else _of(*c) for c in counts))
+        layers.add_row(escape(layer.name), *(_left(getattr(layer, name)) for name in columns))
     out.print(layers)
     return 0
 
 
-def _of(left: int, before: int) -> str:
+def _left(count: tuple[int, int] | None) -> str:
+    """Return how many units are left, and of how many, if some are gone."""
+    if count is None:
+        return ""
+    left, before = count
     return str(left) if left == before else f"{left} of {before}"
 
 

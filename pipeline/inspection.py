@@ -5,11 +5,14 @@ multiply-adds are counted by running it there.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -81,13 +84,11 @@ def _parts(model: PreTrainedModel, groups: list[structure.Group]) -> dict[str, s
         if isinstance(module, nn.Embedding):
             found[name] = "embeddings"
     for group in groups:
-        if group.kind == "heads":
-            found[group.path] = "attention"
-        if group.kind == "neurons" and group.part.path:
-            found[group.path] = "ffn"
-        elif group.kind == "neurons":
-            for path in (group.part.output, *(written.path for written in group.part.inputs)):
-                found[f"{group.path}.{path}"] = "ffn"
+        paths = [group.path]
+        if not group.part.path:  # the FFN's matrices lie on the layer itself
+            paths = [f"{group.path}.{part.path}" for part in group.part.inputs]
+            paths.append(f"{group.path}.{group.part.output}")
+        found |= dict.fromkeys(paths, "ffn" if group.kind == "neurons" else "attention")
     if groups:
         base = "" if model.base_model is model else f"{model.base_model_prefix}."
         for stack, layers in structure.stacks(model):
@@ -113,11 +114,20 @@ def _parameters(model: PreTrainedModel, parts: dict[str, str]) -> dict[str, int]
 
 def _multiply_adds(model: PreTrainedModel, parts: dict[str, str], sequence: int) -> dict[str, int]:
     found = dict.fromkeys(PARTS, 0)
-    inputs = {
-        name: tensor.to("meta") for name, tensor in selfcheck.example(model, 1, sequence).items()
-    }
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(**{k: v.float() if v.is_floating_point() else v for k, v in inputs.items()})
+    # Fake tensors know shapes alone, as `meta` does, but also the constants that forwards read.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        weights = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        }
+        inputs = {
+            name: torch.empty(tensor.shape, dtype=torch.float32)
+            if tensor.is_floating_point()
+            else torch.empty(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in selfcheck.example(model, 1, sequence).items()
+        }
+        with FlopCounterMode(display=False) as counter:
+            functional_call(model, weights, kwargs=inputs)
     counts = counter.get_flop_counts()
     prefix = f"{type(model).__name__}."
     total = {

@@ -5,6 +5,7 @@ import torch
 from conftest import FAMILIES, inputs, tiny
 from transformers import PreTrainedModel
 
+from exporters import onnx as exporter
 from pipeline import (
     from_pretrained,
     prune_heads,
