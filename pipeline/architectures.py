@@ -60,7 +60,7 @@ class Ffn:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of one kind, and the configuration's names for their number and that of their heads.
+    """Layers of one kind, and the configuration's names for their number and their units'.
 
     Attentions that a layer does not have are passed over. `first` says why layer 0 has to stay.
     """
@@ -71,6 +71,7 @@ class Stack:
     count: str = "num_hidden_layers"
     heads: str = "num_attention_heads"
     groups: str | int = "num_key_value_heads"
+    neurons: str = "intermediate_size"
     first: str = ""
 
 
@@ -129,6 +130,7 @@ def _bart() -> Architecture:
             count=f"{side}_layers",
             heads=f"{side}_attention_heads",
             groups="",
+            neurons=f"{side}_ffn_dim",
         )
         for side in ("encoder", "decoder")
     )
@@ -156,6 +158,7 @@ def _t5() -> Architecture:
         count="num_layers",
         heads="num_heads",
         groups="",
+        neurons="d_ff",
         first=_BIAS_IN_FIRST,
     )
     decoder = replace(
@@ -182,7 +185,7 @@ def _falcon(config: PretrainedConfig) -> Architecture:
         groups = "num_kv_heads"
     elif config.multi_query:
         groups = 1
-    return (Stack("h", (attention,), _FUSED_FFN, groups=groups),)
+    return (Stack("h", (attention,), _FUSED_FFN, groups=groups, neurons="ffn_hidden_size"),)
 
 
 ARCHITECTURES: Final[Mapping[str, Architecture | Callable[[PretrainedConfig], Architecture]]] = {
@@ -244,6 +247,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture | Callable[[PretrainedConfig], Ar
             ),
             Ffn("ffn", _neurons("lin1"), "lin2"),
             count="n_layers",
+            neurons="hidden_dim",
         ),
     ),
     "electra": _BERT,
@@ -263,6 +267,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture | Callable[[PretrainedConfig], Ar
                 ),
             ),
             Ffn("mlp", _neurons("c_fc"), "c_proj"),
+            neurons="n_inner",
         ),
     ),
     "gpt_neox": (
@@ -305,6 +310,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture | Callable[[PretrainedConfig], Ar
             "decoder.layers",
             (Attention("self_attn", _PROJECTIONS, "out_proj", sizes={"num_heads": "queries"}),),
             Ffn("", _neurons("fc1"), "fc2"),
+            neurons="ffn_dim",
         ),
     ),
     "pegasus": _BART,

@@ -109,6 +109,8 @@ def choose_and_cut(
     *,
     criterion: str,
     repair: Literal["least-squares", "none"],
+    uniform: bool = False,
+    multiple: int = 1,
     data: Callable[[], Iterable[calibration.Batch]],
     total: int,
     track: Track = silent,
@@ -120,6 +122,8 @@ def choose_and_cut(
         fractions: of each kind, the share of all its units that goes.
         criterion: a key of `criteria.CRITERIA`.
         repair: what is done about the layers that read the removed units.
+        uniform: cut the same share of every layer's units.
+        multiple: the number of neurons left in a layer is rounded to a multiple of it.
         data: gives the calibration batches, anew each time; `total` of them.
         total: number of batches.
         track: shows progress.
@@ -140,7 +144,8 @@ def choose_and_cut(
     lowest: dict[str, Tensor] = {}
     for kind, fraction in fractions.items():
         of_kind = {group.path: scores[group.path] for group in groups if group.kind == kind}
-        lowest |= choose(of_kind, fraction)
+        rounded = multiple if kind == "neurons" else 1
+        lowest |= choose(of_kind, fraction, uniform=uniform, multiple=rounded)
     seen: Mapping[str, calibration.Moments] = {}
     if repair == "least-squares":
         seen = calibration.moments(model, readers, data(), total=total, track=track)
@@ -162,22 +167,39 @@ def choose_and_cut(
     return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
 
 
-def choose(scores: Mapping[str, Tensor], fraction: float) -> dict[str, Tensor]:
-    """Return the places of the lowest-scored units, over all groups; each keeps at least one."""
-    ranked = sorted(
-        (float(score), path, at)
-        for path, group_scores in scores.items()
-        for at, score in enumerate(group_scores)
-    )
+def choose(
+    scores: Mapping[str, Tensor], fraction: float, *, uniform: bool = False, multiple: int = 1
+) -> dict[str, Tensor]:
+    """Return the places of the lowest-scored units; each group keeps at least one.
+
+    Over all groups together, or if `uniform` the same share of each; what is left of a group is
+    rounded to the nearest `multiple`, at least one and at most what there is.
+    """
+    if uniform:
+        gone = {path: round(fraction * len(of_group)) for path, of_group in scores.items()}
+    else:
+        gone = _lowest(scores, fraction)
+    removed = {}
+    for path, of_group in scores.items():
+        count = len(of_group)
+        left = max(1, round((count - gone[path]) / multiple)) * multiple
+        left = min(left, count)
+        removed[path] = of_group.argsort(stable=True)[: count - left]
+    return removed
+
+
+def _lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, int]:
+    """Return how many of each group are among the lowest of all, less what has to stay."""
+    ranked = sorted((float(score), path) for path, of_group in scores.items() for score in of_group)
     wanted = round(fraction * len(ranked))
-    removed: dict[str, list[int]] = {path: [] for path in scores}
-    for _, path, at in ranked:
+    gone = dict.fromkeys(scores, 0)
+    for _, path in ranked:
         if not wanted:
             break
-        if len(removed[path]) < len(scores[path]) - 1:
-            removed[path].append(at)
+        if gone[path] < len(scores[path]) - 1:
+            gone[path] += 1
             wanted -= 1
-    return {path: torch.tensor(places, dtype=torch.long) for path, places in removed.items()}
+    return gone
 
 
 def _weights(group: Group) -> Tensor:

@@ -140,6 +140,10 @@ class Prune(Strict):
     """The share of all FFN neurons that goes."""
     criterion: Annotated[str, one_of(CRITERIA)] = "importance"
     repair: Literal["least-squares", "none"] = "least-squares"
+    uniform: bool = False
+    """Cut alike in every layer, and write a folder that stock transformers loads."""
+    multiple: Annotated[int, Field(ge=1)] = 1
+    """The number of neurons left in a layer is rounded to a multiple of this."""
 
     @property
     def calibrated(self) -> bool:

@@ -15,7 +15,15 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.accuracy import once
 from benchmarks.tasks import Arrays, collate
 from exporters import onnx
-from pipeline import calibration, checkpoint, pruning, selfcheck, sources, structure
+from pipeline import (
+    calibration,
+    checkpoint,
+    native,
+    pruning,
+    selfcheck,
+    sources,
+    structure,
+)
 from pipeline.checkpoint import ModelError
 from pipeline.finetuning import Teacher
 from pipeline.finetuning import finetune as train
@@ -93,6 +101,9 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
         model = checkpoint.from_pretrained(before.entry.folder)
         try:
             selfcheck.ensure(model)
+            if step.uniform:
+                kinds = [kind for kind in structure.KINDS if getattr(step, kind, 0)]
+                native.rehearse(checkpoint.without_weights(before.entry.folder), kinds)
         except ValueError as error:
             raise ModelError(f"{work.recipe.model.source}: {error}") from error
         choice = pruning.choose_and_cut(
@@ -100,6 +111,8 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
             {"heads": step.heads, "neurons": step.neurons},
             criterion=step.criterion,
             repair=step.repair,
+            uniform=step.uniform,
+            multiple=step.multiple,
             data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
             total=-(-windows // CALIBRATION_BATCH),
             track=work.track,
@@ -109,6 +122,8 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
             what: {path: found for path, found in of_each.items() if path in heads}
             for what, of_each in (("scores", choice.scores), ("removed", choice.removed))
         }
+        if step.uniform:
+            native.configure(model)
         # Of neurons there are too many to list; the model's config says which are left.
         return work.write(model, folder, details | {"repairs": choice.repairs})
 

@@ -167,6 +167,15 @@ def test_choose_takes_the_lowest_but_leaves_one_in_each():
     }
 
 
+def test_choose_rounds_what_is_left_and_cuts_alike_if_asked():
+    scores = {"a": torch.arange(20.0), "b": torch.arange(20.0) + 100}
+    counts = [len(places) for places in choose(scores, 0.3).values()]
+    assert counts == [12, 0]
+    assert [len(p) for p in choose(scores, 0.3, multiple=8).values()] == [12, 4]
+    assert [len(p) for p in choose(scores, 0.3, uniform=True).values()] == [6, 6]
+    assert choose(scores, 0.3, uniform=True)["b"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("repair", ["none", "least-squares"])
 @pytest.mark.parametrize("criterion", ["magnitude", "importance"])
 def test_a_head_that_gives_nothing_goes_first(family, criterion, repair):

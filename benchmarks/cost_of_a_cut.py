@@ -1,0 +1,99 @@
+"""What it costs to cut a model of a billion parameters: time and memory, beside a plain copy.
+
+    python -m benchmarks.cost_of_a_cut [FOLDER]
+
+Writes a Llama with random bf16 weights, then, each in a fresh process and in turns (A B B A):
+loads, cuts a quarter of all heads and neurons, and saves it; or loads and saves it as it is.
+Prints seconds and the peak of resident memory (`VmHWM`), as ratios to the copy and to the file.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROUNDS = 2
+SIZES = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "intermediate_size": 8192,
+    "vocab_size": 64000,
+}
+
+
+def write(folder: Path) -> None:
+    """Write the model."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.05, 0.05)
+    model.save_pretrained(folder)
+
+
+def work(source: Path, target: Path, what: str) -> None:
+    """Load, cut if asked to, save; print what it took as JSON."""
+    from pipeline import from_pretrained, prune_heads, prune_neurons, save_pretrained, units
+
+    floor = peak_bytes()
+    began = time.perf_counter()
+    model = from_pretrained(source)
+    loaded = time.perf_counter()
+    if what == "cut":
+        found = units(model)
+        prune_heads(model, {path: range(0, n, 4) for path, n in found.heads.items()})
+        prune_neurons(model, {path: range(0, n, 4) for path, n in found.neurons.items()})
+    cut = time.perf_counter()
+    save_pretrained(model, target)
+    saved = time.perf_counter()
+    seconds = {"load": loaded - began, "cut": cut - loaded, "save": saved - cut}
+    print(json.dumps({"seconds": seconds, "floor": floor, "peak": peak_bytes()}))  # noqa: T201
+
+
+def peak_bytes() -> int:
+    """Return the peak of this process's resident memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def main() -> None:
+    """Measure in turns, and print."""
+    if len(sys.argv) > 2:  # noqa: PLR2004 - a child: source, target, what
+        work(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+        return
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+        source = Path(folder, "model")
+        write(source)
+        size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        taken: dict[str, list[dict[str, float]]] = {"copy": [], "cut": []}
+        for turn in range(ROUNDS):
+            for what in sorted(taken, reverse=bool(turn % 2)):
+                found = _child(source, Path(folder, what), what)
+                taken[what].append(found["seconds"] | {"peak": found["peak"] - found["floor"]})
+        print(f"file: {size / 1e9:.2f} GB")  # noqa: T201
+        for what, runs in taken.items():
+            parts = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+            peak = parts.pop("peak")
+            text = ", ".join(f"{name} {value:.1f} s" for name, value in parts.items())
+            print(f"{what}: {text}; {sum(parts.values()):.1f} s, peak {peak / size:.2f}x the file")  # noqa: T201
+
+
+def _child(source: Path, target: Path, what: str) -> dict[str, dict[str, float]]:
+    command = [sys.executable, "-m", "benchmarks.cost_of_a_cut", str(source), str(target), what]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Give a model that was cut alike in every layer a configuration that stock transformers loads.
+
+That is possible where the family's configuration names the sizes that were cut, and nothing in the
+model depends on which heads they were. It is tried, not looked up: the stock class is built from
+the new configuration, on no device, and must want the tensors that there are.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from pipeline import structure, surgery
+from pipeline.architectures import Attention
+from pipeline.structure import Kind
+
+
+def configure(model: PreTrainedModel) -> None:
+    """Write what is left into the configuration's own numbers, and drop the record of the cut.
+
+    The units are numbered anew: what is left is the unpruned model from now on.
+
+    Raises:
+        ValueError: layers were cut differently, or the family's configuration cannot say it.
+    """
+    groups = [group for group in structure.groups(model) if len(group.kept) < group.of]
+    for group in groups:
+        if isinstance(group.part, Attention) and group.part.mixed is not None:
+            raise ValueError(
+                f"{group.path}: found {model.config.model_type} heads, expected heads that do not"
+                " depend on their number; uniform cuts of neurons alone can be written"
+            )
+    numbers = _numbers(model)
+    trial = copy.deepcopy(model.config)
+    _set(trial, numbers)
+    stock = getattr(transformers, type(model).__name__)
+    try:
+        with torch.device("meta"):
+            wanted = {n: tuple(t.shape) for n, t in stock(trial).state_dict().items()}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"uniform: {_cannot(model)} ({error})") from error
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if wanted != found:
+        name = next(n for n in (*found, *wanted) if wanted.get(n) != found.get(n))
+        raise ValueError(
+            f"uniform: {_cannot(model)}: {name} would have the shape {wanted.get(name)}, and has"
+            f" {found.get(name)}"
+        )
+    _set(model.config, numbers)
+
+
+def rehearse(model: PreTrainedModel, kinds: list[Kind]) -> None:
+    """Cut a model without weights alike everywhere, and configure it.
+
+    Raises:
+        ValueError: as `configure` would for the real one.
+    """
+    for kind in kinds:
+        for group in structure.groups(model):
+            if group.kind == kind and len(group.kept) > 1:
+                surgery.keep(model, group, list(group.kept[1:]))
+    configure(model)
+
+
+def _cannot(model: PreTrainedModel) -> str:
+    return f"the configuration of {model.config.model_type} cannot say what was cut"
+
+
+def _numbers(model: PreTrainedModel) -> dict[str, int]:
+    """Return the configuration's names and new values of what was cut."""
+    names: dict[str, tuple[str, str, str]] = {}
+    for stack, layers in structure.stacks(model):
+        for at in range(len(layers)):
+            named = stack.groups if isinstance(stack.groups, str) else ""
+            names[f"{stack.layers}.{at}"] = stack.heads, named, stack.neurons
+    found: dict[str, int] = {}
+
+    def put(name: str, value: int, path: str) -> None:
+        if name and hasattr(model.config, name) and found.setdefault(name, value) != value:
+            raise ValueError(
+                f"{path}: found {value} left, expected {found[name]} as elsewhere; only a uniform"
+                " cut can be written for stock transformers"
+            )
+
+    for group in structure.groups(model):
+        layer = next(key for key in names if f"{group.key}.".startswith(f"{key}."))
+        heads, groups, neurons = names[layer]
+        if group.kind == "neurons":
+            put(neurons, len(group.kept), group.path)
+        elif group.kind == "heads":
+            put(heads, group.queries, group.path)
+            put(groups, group.heads, group.path)
+            if len(group.kept) < group.of or group.queries < group.queries_before:
+                width = structure.matrix(group.reader).shape[1] // group.queries
+                found["head_dim"] = width
+    return {name: value for name, value in found.items() if value != _now(model, name)}
+
+
+def _now(model: PreTrainedModel, name: str) -> Any:
+    return getattr(model.config, name, None)
+
+
+def _set(config: Any, numbers: dict[str, int]) -> None:
+    for name, value in numbers.items():
+        setattr(config, name, value)
+    config.pruning = None
