@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from pipeline import structure, surgery
@@ -37,10 +38,13 @@ def configure(model: PreTrainedModel) -> None:
     _set(trial, numbers)
     stock = getattr(transformers, type(model).__name__)
     try:
+        # As a file would be read: some families have rules about their numbers.
+        type(trial).from_dict(trial.to_dict())
         with torch.device("meta"):
             wanted = {n: tuple(t.shape) for n, t in stock(trial).state_dict().items()}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"uniform: {_cannot(model)} ({error})") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"uniform: {_cannot(model)}: {reason}") from error
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if wanted != found:
         name = next(n for n in (*found, *wanted) if wanted.get(n) != found.get(n))
