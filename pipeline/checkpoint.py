@@ -97,15 +97,17 @@ def load(
     return model, sorted(info["missing_keys"])
 
 
-def without_weights(source: str | Path) -> PreTrainedModel:
+def without_weights(
+    source: str | Path, auto_class: str | None = None, revision: str | None = None
+) -> PreTrainedModel:
     """Return the model as its config says, cut or not, on the device `meta`.
 
     Raises:
         ModelError: no such model, or not one of a transformers class.
     """
-    config = read_config(source)
+    config = read_config(source, revision)
     config._attn_implementation = "eager"  # noqa: SLF001 - as from_pretrained's argument does
-    kind = _pruned(model_class(source, config, None))
+    kind = _pruned(model_class(source, config, auto_class))
     try:
         with torch.device("meta"):
             return kind(config).eval()

@@ -20,7 +20,6 @@ from pipeline import (
     checkpoint,
     native,
     pruning,
-    selfcheck,
     sources,
     structure,
 )
@@ -99,13 +98,6 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
 
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
-        try:
-            selfcheck.ensure(model)
-            if step.uniform:
-                kinds = [kind for kind in structure.KINDS if getattr(step, kind, 0)]
-                native.rehearse(checkpoint.without_weights(before.entry.folder), kinds)
-        except ValueError as error:
-            raise ModelError(f"{work.recipe.model.source}: {error}") from error
         choice = pruning.choose_and_cut(
             model,
             {"heads": step.heads, "neurons": step.neurons},

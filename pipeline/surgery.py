@@ -43,12 +43,12 @@ def cut_layers(model: PreTrainedModel, layers: Iterable[int | str]) -> None:
     stays = {}
     for path, numbers in removed.items():
         stack, blocks = found[path]
+        if not stack.count:
+            raise ValueError(f"{path}: found layers that share their weights; none can be cut out")
         known = done["layers"].get(path, {}).get("kept", range(len(blocks)))
         stays[path] = {at: n for at, n in enumerate(known) if n not in numbers}
         if not stays[path]:
             raise ValueError(f"{path}: found all layers, expected at least one to be left")
-        if not stack.count:
-            raise ValueError(f"{path}: found layers that share their weights; none can be cut out")
         if stack.first and 0 in numbers:
             raise ValueError(f"{path}.0: found layer 0, expected another one: {stack.first}")
     for path, kept in stays.items():

@@ -21,9 +21,9 @@ from benchmarks.data import Row
 from benchmarks.data import load as load_data
 from benchmarks.machine import Unavailable
 from benchmarks.tasks import TASKS, Example, label_names, padding
-from pipeline import checkpoint, sources, structure
+from pipeline import checkpoint, native, selfcheck, sources, structure
 from pipeline.checkpoint import ModelError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Prune, Recipe
 from pipeline.store import Entry, Store, fingerprint
 
 # What these files say cannot change a stage's content.
@@ -76,6 +76,7 @@ class Work:
         self.kind = checkpoint.model_class(self.source, self.config, self.task.auto_class)
         self.processor = sources.processor(self.source, self.task.processor, revision)
         self.padding = padding(self.processor)
+        self._check_family()
         self._check_lengths()
         read = partial(
             load_data,
@@ -171,6 +172,25 @@ class Work:
             names_by_id: dict[Any, str] = dict(self.config.id2label or {})
             return [names_by_id[at] for at in sorted(names_by_id)]
         return label_names(self.rows["train"] if "train" in self.rows else self.rows["gate"], role)
+
+    def _check_family(self) -> None:
+        prunes = [step for step in self.recipe.steps if isinstance(step, Prune)]
+        if not prunes:
+            return
+        source, auto_class, revision = self.source, self.task.auto_class, self.recipe.model.revision
+        try:
+            selfcheck.ensure(checkpoint.without_weights(source, auto_class, revision))
+            for step in prunes:
+                if step.uniform:
+                    kinds = [kind for kind in structure.KINDS if getattr(step, kind, 0)]
+                    native.rehearse(checkpoint.without_weights(source, auto_class, revision), kinds)
+        except ModelError:
+            raise
+        except ValueError as error:
+            raise ModelError(
+                f"{self.recipe.model.source}: {error}; without a prune step it can be trained,"
+                " quantized and exported"
+            ) from error
 
     def _check_lengths(self) -> None:
         longest = getattr(self.config, "max_position_embeddings", None)

@@ -12,11 +12,13 @@ from exporters import onnx as exporter
 from pipeline import (
     from_pretrained,
     prune_heads,
+    prune_layers,
     prune_neurons,
     prune_queries,
     save_pretrained,
     structure,
 )
+from pipeline.checkpoint import ModelError
 from pipeline.structure import Group
 
 # Relative to the largest logit. Sharp weights carry rounding on from layer to layer, so that fp32
@@ -130,6 +132,65 @@ def test_cut_twice_is_cut_once_with_both(every, tmp_path):
     twice = cut(from_pretrained(tmp_path), emptied=True)
     same(once, twice)
     assert once.config.pruning == twice.config.pruning
+
+
+def test_layers_are_cut_and_the_stock_class_loads_the_rest(every, tmp_path):
+    model, whole = tiny(every), tiny(every)
+    if every == "albert":
+        with pytest.raises(ValueError, match="found layers that share their weights"):
+            prune_layers(model, [0])
+        return
+    prune_layers(model, [f"{stack.layers}.1" for stack, _ in structure.stacks(model)])
+    save_pretrained(model, tmp_path)
+    same(from_pretrained(tmp_path), model)
+    same(type(model).from_pretrained(tmp_path).eval(), model)
+    assert difference(logits(model), logits(whole)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["modernbert", "t5"])
+def test_a_layer_that_others_need_stays(name):
+    model = tiny(name)
+    stack = structure.stacks(model)[0][0].layers
+    with pytest.raises(ValueError, match=r"\.0: found layer 0, expected another one"):
+        prune_layers(model, [f"{stack}.0"])
+
+
+def test_a_layer_of_two_stacks_is_named_with_its_stack():
+    model = tiny("bart")
+    with pytest.raises(
+        ValueError, match=r"expected encoder\.layers\.0 to encoder\.layers\.1 or de"
+    ):
+        prune_layers(model, [1])
+    with pytest.raises(ValueError, match="heads: found layer 1, expected one of"):
+        prune_heads(model, {1: [0]})
+    prune_layers(model, ["decoder.layers.0"])
+    prune_heads(model, {"model.decoder.layers.0.encoder_attn": [0]})
+    assert model.config.decoder_layers == 1
+
+
+@pytest.mark.parametrize("queries", [[0], [0, 1, 2, 4, 6], [*range(8)]])
+def test_query_heads_that_leave_uneven_groups_are_refused(queries):
+    model = tiny("llama")
+    before = model.num_parameters()
+    with pytest.raises(ValueError, match="query heads left of a key/value head, expected as many"):
+        prune_queries(model, {0: queries})
+    assert model.num_parameters() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "found version 2, expected 1; a newer secateur wrote it"),
+        ({"heads": {"encoder.layer.9.attention": {"kept": [0], "of": 4}}}, "no such module"),
+    ],
+)
+def test_a_record_of_something_else_is_refused(change, message, tmp_path):
+    model = tiny("bert")
+    prune_heads(model, {0: [1]})
+    model.config.pruning |= change
+    save_pretrained(model, tmp_path)
+    with pytest.raises(ModelError, match=message):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", SHARED)
