@@ -17,8 +17,8 @@ from conftest import WORDS, sentences, write_model, write_rows
 from PIL import Image
 from transformers import (
     AutoTokenizer,
-    MPNetConfig,
-    MPNetForSequenceClassification,
+    FNetConfig,
+    FNetForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -385,10 +385,16 @@ def test_check_resolves_model_and_data_without_running(tmp_path):
 
 def test_a_family_that_cannot_be_cut_is_refused_before_the_first_step(tmp_path):
     recipe = other_task(tmp_path, "text-classification", "bert")
-    config = MPNetConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
-                         intermediate_size=48)  # fmt: skip
-    MPNetForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ModelError, match="found the family 'mpnet', expected one of"):
+    config = FNetConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, intermediate_size=48)
+    FNetForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="found the family 'fnet', which cannot be cut: its layer"):
+        run(Recipe.model_validate(recipe), tmp_path / "out")
+
+
+def test_a_uniform_cut_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    recipe = other_task(tmp_path, "text-classification", "bert")
+    recipe["steps"] = [{"step": "prune", "heads": 0.25, "uniform": True}]
+    with pytest.raises(ModelError, match="the configuration of bert cannot say what was cut"):
         run(Recipe.model_validate(recipe), tmp_path / "out")
 
 
