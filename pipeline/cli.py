@@ -64,7 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
     check.set_defaults(command=_check)
     inspect = commands.add_parser("inspect", help="what a model is made of, and what can be cut")
-    inspect.add_argument("model", metavar="MODEL", help="folder, hub id or builtin:minilm")
+    inspect.add_argument(
+        "model", metavar="MODEL", help="folder, hub id, builtin:minilm, or a recipe (.yaml)"
+    )
+    inspect.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="with a recipe: score all heads on its calibration data, and draw them (.svg, .png)",
+    )
     inspect.add_argument("--sequence", type=int, default=128, help="tokens; default: 128")
     inspect.set_defaults(command=_inspect)
     doctor = commands.add_parser("doctor", help="what this machine can run")
@@ -195,11 +203,19 @@ def _check_one(path: Path) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from pipeline.inspection import inspect
+    from pipeline.inspection import draw, head_scores, inspect
+    from pipeline.recipe import Recipe, RecipeError
     from pipeline.sources import resolve
 
-    found = inspect(resolve(options.model), options.sequence)
-    out.print(f"{escape(options.model)}: {found.kind}, family {found.family}", soft_wrap=True)
+    is_recipe = options.model.endswith((".yaml", ".yml"))
+    if options.scores and not is_recipe:
+        raise RecipeError("--scores: found a model, expected a recipe, which names the data")
+    if options.scores and options.scores.suffix not in {".svg", ".png"}:
+        raise RecipeError(f"--scores: found {options.scores}, expected a file .svg or .png")
+    recipe = Recipe.from_yaml(Path(options.model)) if is_recipe else None
+    source = recipe.model.source if recipe else options.model
+    found = inspect(resolve(source), options.sequence)
+    out.print(f"{escape(source)}: {found.kind}, family {found.family}", soft_wrap=True)
     totals = sum(found.parameters.values()), sum(found.multiply_adds.values())
     parts = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("part", "parameters", "share", f"multiply-adds, 1x{found.sequence}", "share"):
@@ -223,6 +239,11 @@ def _inspect(options: argparse.Namespace) -> int:
     for layer in found.layers:
         layers.add_row(escape(layer.name), *(_left(getattr(layer, name)) for name in columns))
     out.print(layers)
+    if recipe and options.scores:
+        with _progress() as progress:
+            scores = head_scores(recipe, track=_Bars(progress))
+        draw(scores, options.scores)
+        out.print(f"scores of the heads: {escape(str(options.scores))}", soft_wrap=True)
     return 0
 
 

@@ -4,19 +4,26 @@ The model is built on no device (`meta`), so that a model of any size is looked 
 multiply-adds are counted by running it there.
 """
 
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Final
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from pipeline import checkpoint, selfcheck, structure
+from benchmarks.accuracy import Track, silent
+from pipeline import calibration, checkpoint, pruning, selfcheck, steps, structure
+from pipeline.checkpoint import ModelError
+from pipeline.recipe import Prune, Recipe
+from pipeline.work import Work
 
 PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head and rest")
 
@@ -75,6 +82,60 @@ def inspect(source: str | Path, sequence: int = 128) -> Inspection:
         layers=_layers(groups),
         refusal=refusal,
     )
+
+
+def head_scores(recipe: Recipe, *, track: Track = silent) -> dict[str, list[float]]:
+    """Return the score of every head, by attention, on the recipe's calibration examples.
+
+    The criterion is that of the recipe's first prune step, or what a prune step has by default.
+
+    Raises:
+        ModelError: the model is not there, cannot be cut, or was not trained for the task.
+        DataError: the data are not what the recipe says.
+    """
+    prunes = [step for step in recipe.steps if isinstance(step, Prune)]
+    criterion = (prunes[0] if prunes else Prune(step="prune", heads=0.5)).criterion
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        work = Work(recipe, Path(folder), fresh=False, track=track)
+        if not work.has_head:
+            raise ModelError(
+                f"{recipe.model.source}: found no model trained for {recipe.task.kind}, expected"
+                " one to score heads; train it first, and name its folder"
+            )
+        model = checkpoint.from_pretrained(steps.original(work).entry.folder)
+        selfcheck.ensure(model)
+        groups = [g for g in structure.groups(model) if g.kind == "heads" and g.kept]
+        examples, size = work.examples("calibration"), steps.CALIBRATION_BATCH
+        windows = sum(len(example.windows) for example in examples)
+        scores = pruning.score(
+            model,
+            groups,
+            criterion,
+            lambda: calibration.batches(examples, work.padding, size),
+            total=-(-windows // size),
+            track=track,
+        )
+    return {path: of_group.tolist() for path, of_group in scores.items()}
+
+
+def draw(scores: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Write a heat map of the scores, an attention a row; its format is the file's ending.
+
+    Raises:
+        ValueError: the ending is of no format that can be drawn.
+    """
+    longest = max(map(len, scores.values()))
+    figure = Figure(figsize=(2.5 + 0.55 * longest, 1.2 + 0.4 * len(scores)), layout="constrained")
+    axes = figure.add_subplot()
+    table = [
+        [*of_group, *[float("nan")] * (longest - len(of_group))] for of_group in scores.values()
+    ]
+    image = axes.imshow(table, cmap="viridis", aspect="auto")
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.set_xticks(range(longest))
+    axes.set_xlabel("head")
+    figure.colorbar(image, label="score: the lowest are cut first")
+    figure.savefig(path)
 
 
 def _parts(model: PreTrainedModel, groups: list[structure.Group]) -> dict[str, str]:

@@ -6,6 +6,7 @@ the new configuration, on no device, and must want the tensors that there are.
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
-from pipeline import structure, surgery
+from pipeline import pruning, structure, surgery
 from pipeline.architectures import Attention
 from pipeline.structure import Kind
 
@@ -55,16 +56,19 @@ def configure(model: PreTrainedModel) -> None:
     _set(model.config, numbers)
 
 
-def rehearse(model: PreTrainedModel, kinds: list[Kind]) -> None:
-    """Cut a model without weights alike everywhere, and configure it.
+def rehearse(model: PreTrainedModel, fractions: Mapping[Kind, float], multiple: int) -> None:
+    """Cut a model without weights as far as the real one will be, and configure it.
 
     Raises:
         ValueError: as `configure` would for the real one.
     """
-    for kind in kinds:
-        for group in structure.groups(model):
-            if group.kind == kind and len(group.kept) > 1:
-                surgery.keep(model, group, list(group.kept[1:]))
+    for kind, fraction in fractions.items():
+        groups = {g.path: g for g in structure.groups(model) if g.kind == kind and g.kept}
+        scores = {path: torch.zeros(len(group.kept)) for path, group in groups.items()}
+        rounded = multiple if kind == "neurons" else 1
+        for path, gone in pruning.choose(scores, fraction, uniform=True, multiple=rounded).items():
+            kept = groups[path].kept
+            surgery.keep(model, groups[path], list(kept[: len(kept) - len(gone)]))
     configure(model)
 
 

@@ -3,7 +3,7 @@
 U units, w inputs of a unit.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,16 +131,7 @@ def choose_and_cut(
     selfcheck.ensure(model)
     groups = [g for g in structure.groups(model) if g.kept and fractions.get(g.kind)]
     readers = {group.path: group.reader for group in groups}
-    counts = {group.path: len(group.kept) for group in groups}
-    gradients: Mapping[str, Tensor] = {}
-    if criterion in GRADIENT:
-        gradients = calibration.mask_gradients(
-            model, readers, counts, data(), total=total, track=track
-        )
-    scores = {
-        group.path: CRITERIA[criterion](Evidence(_weights(group), gradients.get(group.path)))
-        for group in groups
-    }
+    scores = score(model, groups, criterion, data, total=total, track=track)
     lowest: dict[str, Tensor] = {}
     for kind, fraction in fractions.items():
         of_kind = {group.path: scores[group.path] for group in groups if group.kind == kind}
@@ -165,6 +156,32 @@ def choose_and_cut(
         if mended is not None:
             _write(group.reader, mended.weight)
     return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
+
+
+def score(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    criterion: str,
+    data: Callable[[], Iterable[calibration.Batch]],
+    *,
+    total: int,
+    track: Track = silent,
+) -> dict[str, Tensor]:
+    """Return the score of every unit of the groups, by path `(U,)`; `data` as for `choose_and_cut`.
+
+    The groups have to be of different paths: heads and query heads of an attention are not.
+    """
+    gradients: Mapping[str, Tensor] = {}
+    if criterion in GRADIENT:
+        readers = {group.path: group.reader for group in groups}
+        counts = {group.path: len(group.kept) for group in groups}
+        gradients = calibration.mask_gradients(
+            model, readers, counts, data(), total=total, track=track
+        )
+    return {
+        group.path: CRITERIA[criterion](Evidence(_weights(group), gradients.get(group.path)))
+        for group in groups
+    }
 
 
 def choose(

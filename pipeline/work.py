@@ -182,8 +182,10 @@ class Work:
             selfcheck.ensure(checkpoint.without_weights(source, auto_class, revision))
             for step in prunes:
                 if step.uniform:
-                    kinds = [kind for kind in structure.KINDS if getattr(step, kind, 0)]
-                    native.rehearse(checkpoint.without_weights(source, auto_class, revision), kinds)
+                    model = checkpoint.without_weights(source, auto_class, revision)
+                    native.rehearse(
+                        model, {"heads": step.heads, "neurons": step.neurons}, step.multiple
+                    )
         except ModelError:
             raise
         except ValueError as error:

@@ -9,7 +9,8 @@ from conftest import FAMILIES, tiny
 from pipeline import prune_heads, prune_neurons, save_pretrained, units
 from pipeline.checkpoint import ModelError
 from pipeline.cli import main
-from pipeline.inspection import inspect
+from pipeline.inspection import draw, head_scores, inspect
+from pipeline.recipe import Recipe
 
 
 @pytest.mark.parametrize("every", FAMILIES)
@@ -62,3 +63,25 @@ def test_no_weights_are_read(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     assert inspect(tmp_path).family == "bert"
     assert torch.get_default_device().type == "cpu"
+
+
+def test_scores_of_heads_are_drawn(shared, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{source: {shared}/models/minilm-sst2}}\n"
+        "task:\n"
+        "  kind: text-classification\n"
+        f"  data: {shared}/data/sst2\n"
+        "  columns: {text: sentence}\n"
+        "  splits: {calibration: 'train[:48]', gate: 'validation[:48]'}\n"
+        "steps: [{step: prune, heads: 0.25}]\nbudget: {max_drop: 0.1}\n"
+    )
+    scores = head_scores(Recipe.from_yaml(recipe))
+    assert [len(of_layer) for of_layer in scores.values()] == [12] * 6
+    assert len({score for of_layer in scores.values() for score in of_layer}) > 60
+    draw(scores, tmp_path / "scores.svg")
+    shown = (tmp_path / "scores.svg").read_text()
+    assert "<svg" in shown
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(shared / "models/minilm-sst2"), "--scores", "x.svg"])
+    assert ended.value.code == 2

@@ -13,6 +13,7 @@ from pipeline import (
     save_pretrained,
     units,
 )
+from pipeline.checkpoint import without_weights
 
 HEADS = ["gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"]
 HEADS += ["smollm3", "phi", "vit", "deit"]
@@ -53,6 +54,13 @@ def test_as_many_query_heads_of_every_head(tmp_path):
     check(model, tmp_path)
     assert model.config.num_attention_heads == 4
     assert units(model).queries == {}
+
+
+def test_a_rehearsal_goes_as_far_as_the_cut_will(tmp_path):
+    save_pretrained(tiny("llama"), tmp_path)
+    native.rehearse(without_weights(tmp_path), {"heads": 0.5, "neurons": 0.3}, 8)
+    with pytest.raises(ValueError, match=r"hidden size \(32\) is not a multiple of"):
+        native.rehearse(without_weights(tmp_path), {"heads": 0.25}, 1)
 
 
 @pytest.mark.parametrize(
