@@ -70,7 +70,8 @@ def export(
     """Write the model to `path` and return its largest relative difference to torch.
 
     Args:
-        model: a `PreTrainedModel` in evaluation mode, in fp32, on the CPU.
+        model: a `PreTrainedModel` in evaluation mode, in fp32, on the CPU; its configuration is
+            told to use no cache.
         samples: batches of inputs; the first is traced, the outputs for the others are compared, so
             they should have other shapes.
         axes: the names of the leading axes of every input, or of each, all dynamic; those of the

@@ -137,7 +137,6 @@ def _bart() -> Architecture:
 
 
 _BART = _bart()
-_BIAS_IN_FIRST = "it holds the position bias of all layers"
 
 
 def _t5() -> Architecture:
@@ -159,7 +158,7 @@ def _t5() -> Architecture:
         heads="num_heads",
         groups="",
         neurons="d_ff",
-        first=_BIAS_IN_FIRST,
+        first="it holds the position bias of all layers",
     )
     decoder = replace(
         encoder,

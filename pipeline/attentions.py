@@ -142,9 +142,8 @@ class NoAttention(nn.Module):
         cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        if cache is None or kwargs.get("key_value_states") is not None:
-            return states.shape[1]
-        if kwargs.get("encoder_hidden_states") is not None:
+        crosses = [kwargs.get("key_value_states"), kwargs.get("encoder_hidden_states")]
+        if cache is None or any(given is not None for given in crosses):
             return states.shape[1]
         zeros = states.new_zeros(states.shape[0], 1, states.shape[1], 1)
         keys: Tensor = cache.update(zeros, zeros, self.layer_idx)[0]

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,6 +27,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+if TYPE_CHECKING:  # it imports torch
+    from pipeline.inspection import Inspection
 
 T = TypeVar("T")
 
@@ -208,6 +211,8 @@ def _inspect(options: argparse.Namespace) -> int:
     from pipeline.sources import resolve
 
     is_recipe = options.model.endswith((".yaml", ".yml"))
+    if options.sequence < 1:
+        raise RecipeError(f"--sequence: found {options.sequence}, expected at least 1")
     if options.scores and not is_recipe:
         raise RecipeError("--scores: found a model, expected a recipe, which names the data")
     if options.scores and options.scores.suffix not in {".svg", ".png"}:
@@ -216,35 +221,50 @@ def _inspect(options: argparse.Namespace) -> int:
     source = recipe.model.source if recipe else options.model
     found = inspect(resolve(source), options.sequence)
     out.print(f"{escape(source)}: {found.kind}, family {found.family}", soft_wrap=True)
-    totals = sum(found.parameters.values()), sum(found.multiply_adds.values())
-    parts = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("part", "parameters", "share", f"multiply-adds, 1x{found.sequence}", "share"):
-        parts.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
-    for part in (*found.parameters, "all"):
-        cells = [part]
-        for counts, total in zip((found.parameters, found.multiply_adds), totals, strict=True):
-            count = counts.get(part, total)
-            cells += [f"{count:,}", f"{count / max(total, 1):.3f}"]
-        parts.add_row(*cells)
-    out.print(parts)
-    if found.refusal:
-        out.print(f"[yellow]cannot be cut: {escape(found.refusal)}[/]", soft_wrap=True)
-        return 0
-    out.print()
-    columns = ("heads", "queries", "neurons")
-    layers = Table(box=None, pad_edge=False, header_style="bold")
-    layers.add_column("can be cut", no_wrap=True)
-    for name in columns:
-        layers.add_column(name, justify="right", no_wrap=True)
-    for layer in found.layers:
-        layers.add_row(escape(layer.name), *(_left(getattr(layer, name)) for name in columns))
-    out.print(layers)
+    _show_parts(found)
+    _show_units(found)
     if recipe and options.scores:
         with _progress() as progress:
             scores = head_scores(recipe, track=_Bars(progress))
         draw(scores, options.scores)
         out.print(f"scores of the heads: {escape(str(options.scores))}", soft_wrap=True)
     return 0
+
+
+def _show_parts(found: "Inspection") -> None:
+    columns = {"parameters": found.parameters}
+    if found.multiply_adds is not None:
+        columns[f"multiply-adds, 1x{found.sequence}"] = found.multiply_adds
+    parts = Table(box=None, pad_edge=False, header_style="bold")
+    parts.add_column("part", no_wrap=True)
+    for name in columns:
+        parts.add_column(name, justify="right", no_wrap=True)
+        parts.add_column("share", justify="right", no_wrap=True)
+    for part in (*found.parameters, "all"):
+        cells = [part]
+        for counts in columns.values():
+            total = sum(counts.values())
+            count = counts.get(part, total)
+            cells += [f"{count:,}", f"{count / total:.3f}"]
+        parts.add_row(*cells)
+    out.print(parts)
+    if found.uncounted:
+        out.print(f"[yellow]multiply-adds not counted: {escape(found.uncounted)}[/]")
+
+
+def _show_units(found: "Inspection") -> None:
+    if found.refusal:
+        out.print(f"[yellow]cannot be cut: {escape(found.refusal)}[/]", soft_wrap=True)
+        return
+    out.print()
+    kinds = ("heads", "queries", "neurons")
+    layers = Table(box=None, pad_edge=False, header_style="bold")
+    layers.add_column("can be cut", no_wrap=True)
+    for name in kinds:
+        layers.add_column(name, justify="right", no_wrap=True)
+    for layer in found.layers:
+        layers.add_row(escape(layer.name), *(_left(getattr(layer, name)) for name in kinds))
+    out.print(layers)
 
 
 def _left(count: tuple[int, int] | None) -> str:

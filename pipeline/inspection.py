@@ -46,16 +46,18 @@ class Layer:
 class Inspection:
     """`parameters` and `multiply_adds` by part; the latter for one input of `sequence` tokens.
 
-    `refusal` says why nothing can be cut, else it is empty.
+    `refusal` says why nothing can be cut, `uncounted` why the multiply-adds are not known; else
+    they are empty.
     """
 
     kind: str
     family: str
     sequence: int
     parameters: dict[str, int]
-    multiply_adds: dict[str, int]
+    multiply_adds: dict[str, int] | None
     layers: list[Layer]
     refusal: str
+    uncounted: str
 
 
 def inspect(source: str | Path, sequence: int = 128) -> Inspection:
@@ -65,7 +67,7 @@ def inspect(source: str | Path, sequence: int = 128) -> Inspection:
         ModelError: no such model.
     """
     model = checkpoint.without_weights(source)
-    refusal, groups = "", []
+    refusal, uncounted, groups, multiply_adds = "", "", [], None
     try:
         selfcheck.ensure(model)
         groups = structure.groups(model)
@@ -73,14 +75,20 @@ def inspect(source: str | Path, sequence: int = 128) -> Inspection:
         refusal = str(error)
     parts = _parts(model, groups)
     sequence = min(sequence, getattr(model.config, "max_position_embeddings", None) or sequence)
+    try:
+        multiply_adds = _multiply_adds(model, parts, sequence)
+    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+        # Its inputs cannot be made up, or its forward asks for values that no shape tells.
+        uncounted = str(error).strip().splitlines()[0]
     return Inspection(
         kind=type(model).__name__,
         family=model.config.model_type,
         sequence=sequence,
         parameters=_parameters(model, parts),
-        multiply_adds=_multiply_adds(model, parts, sequence),
+        multiply_adds=multiply_adds,
         layers=_layers(groups),
         refusal=refusal,
+        uncounted=uncounted,
     )
 
 
@@ -159,11 +167,8 @@ def _parts(model: PreTrainedModel, groups: list[structure.Group]) -> dict[str, s
 
 
 def _part(name: str, parts: dict[str, str]) -> str:
-    while name:
-        if name in parts:
-            return parts[name]
-        name = name.rpartition(".")[0]
-    return PARTS[-1]
+    place = name if name in parts else _nearest(name, parts)
+    return PARTS[-1] if place is None else parts[place]
 
 
 def _parameters(model: PreTrainedModel, parts: dict[str, str]) -> dict[str, int]:
@@ -191,18 +196,28 @@ def _multiply_adds(model: PreTrainedModel, parts: dict[str, str], sequence: int)
             functional_call(model, weights, kwargs=inputs)
     counts = counter.get_flop_counts()
     prefix = f"{type(model).__name__}."
-    total = {
+    own = {
         name.removeprefix(prefix): sum(of_kind.values())
         for name, of_kind in counts.items()
         if name.startswith(prefix)
     }
-    for name, flops in total.items():
-        # A module's count holds those of its children, which come with counts of their own.
-        inner = sum(other for child, other in total.items() if child.rpartition(".")[0] == name)
-        found[_part(name, parts)] += (flops - inner) // 2
-    rest = sum(counts["Global"].values()) // 2 - sum(found.values())
-    found[PARTS[-1]] += rest
+    # A module's count holds those of the modules in it; lists of layers have none of their own.
+    for name, flops in list(own.items()):
+        if (outer := _nearest(name, own)) is not None:
+            own[outer] -= flops
+    for name, flops in own.items():
+        found[_part(name, parts)] += flops // 2
+    found[PARTS[-1]] += sum(counts["Global"].values()) // 2 - sum(found.values())
     return found
+
+
+def _nearest(name: str, names: Mapping[str, object]) -> str | None:
+    """Return the longest of the names that `name` lies in."""
+    while outer := name.rpartition(".")[0]:
+        if outer in names:
+            return outer
+        name = outer
+    return None
 
 
 def _layers(groups: list[structure.Group]) -> list[Layer]:

@@ -78,12 +78,7 @@ def _cannot(model: PreTrainedModel) -> str:
 
 def _numbers(model: PreTrainedModel) -> dict[str, int]:
     """Return the configuration's names and new values of what was cut."""
-    names: dict[str, tuple[str, str, str]] = {}
-    for stack, layers in structure.stacks(model):
-        for at in range(len(layers)):
-            named = stack.groups if isinstance(stack.groups, str) else ""
-            names[f"{stack.layers}.{at}"] = stack.heads, named, stack.neurons
-    found: dict[str, int] = {}
+    stacks, found = structure.stacks(model), dict[str, int]()
 
     def put(name: str, value: int, path: str) -> None:
         if name and hasattr(model.config, name) and found.setdefault(name, value) != value:
@@ -93,21 +88,21 @@ def _numbers(model: PreTrainedModel) -> dict[str, int]:
             )
 
     for group in structure.groups(model):
-        layer = next(key for key in names if f"{group.key}.".startswith(f"{key}."))
-        heads, groups, neurons = names[layer]
+        stack = next(s for s, _ in stacks if group.key.startswith(f"{s.layers}."))
+        if not group.kept:
+            raise ValueError(f"{group.path}: found no {group.kind} left, expected as elsewhere")
         if group.kind == "neurons":
-            put(neurons, len(group.kept), group.path)
+            put(stack.neurons, len(group.kept), group.path)
         elif group.kind == "heads":
-            put(heads, group.queries, group.path)
-            put(groups, group.heads, group.path)
+            put(stack.heads, group.queries, group.path)
+            if isinstance(stack.groups, str):
+                put(stack.groups, group.heads, group.path)
             if len(group.kept) < group.of or group.queries < group.queries_before:
                 width = structure.matrix(group.reader).shape[1] // group.queries
                 found["head_dim"] = width
-    return {name: value for name, value in found.items() if value != _now(model, name)}
-
-
-def _now(model: PreTrainedModel, name: str) -> Any:
-    return getattr(model.config, name, None)
+    return {
+        name: value for name, value in found.items() if value != getattr(model.config, name, None)
+    }
 
 
 def _set(config: Any, numbers: dict[str, int]) -> None:

@@ -26,7 +26,12 @@ def units(model: PreTrainedModel) -> Units:
             quantized.
     """
     selfcheck.ensure(model)
-    return structure.units(model)
+    found = structure.groups(model)
+    of_kind = {
+        kind: {group.path: len(group.kept) for group in found if group.kind == kind}
+        for kind in structure.KINDS
+    }
+    return Units(**of_kind)
 
 
 def prune_heads(model: PreTrainedModel, heads: Cuts) -> None:

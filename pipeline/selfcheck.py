@@ -47,10 +47,14 @@ def ensure(model: PreTrainedModel) -> None:
     reasons = []
     for row in _rows(model):
         structure.LEARNED[family] = row
-        reason = _difference(model)
+        reason: str | None = "its check did not end"
+        try:
+            reason = _difference(model)
+        finally:
+            if reason is not None:
+                del structure.LEARNED[family]
         if reason is None:
             return
-        del structure.LEARNED[family]
         reasons.append(reason)
     why = reasons[0] if reasons else _unlike_any(model)
     raise ValueError(
@@ -123,12 +127,8 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model of the same class and widths, with two layers, in fp64, the same each time."""
     config = copy.deepcopy(model.config)
     config.pruning = None
-    before = len(structure.stacks(model)[0][1])
-    for stack, _ in structure.stacks(model):
-        setattr(config, stack.count, LAYERS)
-    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
-        if len(getattr(config, name, None) or ()) == before:
-            setattr(config, name, getattr(config, name)[:LAYERS])
+    for stack, layers in structure.stacks(model):
+        surgery.shorten(config, stack, len(layers), list(range(min(LAYERS, len(layers)))))
     if hasattr(config, "vocab_size"):
         config.vocab_size = VOCABULARY
         for name in _tokens(config):
@@ -188,7 +188,11 @@ def _run(model: PreTrainedModel, given: dict[str, Tensor]) -> Tensor:
 
 def _leftover(model: PreTrainedModel) -> str | None:
     """Return which parameter of an attention belongs to heads, and is not cut with them."""
-    for group in structure.groups(model):
+    try:
+        groups = structure.groups(model)
+    except AttributeError:
+        return "its layers are of several kinds"
+    for group in groups:
         if group.kind != "heads":
             continue
         paths = [written.path for written in group.part.inputs] + [group.part.output]

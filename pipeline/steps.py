@@ -21,7 +21,6 @@ from pipeline import (
     native,
     pruning,
     sources,
-    structure,
 )
 from pipeline.checkpoint import ModelError
 from pipeline.finetuning import Teacher
@@ -109,7 +108,7 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
             total=-(-windows // CALIBRATION_BATCH),
             track=work.track,
         )
-        heads = structure.units(model).heads
+        heads = pruning.units(model).heads
         details = {
             what: {path: found for path, found in of_each.items() if path in heads}
             for what, of_each in (("scores", choice.scores), ("removed", choice.removed))

@@ -211,20 +211,6 @@ def _attention(
     return found
 
 
-def units(model: PreTrainedModel) -> Units:
-    """Return what can be cut: dicts, module path -> number of units, in module order.
-
-    Raises:
-        ValueError: the model's family has no row, or its weights are quantized.
-    """
-    found = groups(model)
-    of_kind = {
-        kind: {group.path: len(group.kept) for group in found if group.kind == kind}
-        for kind in KINDS
-    }
-    return Units(**of_kind)
-
-
 def matrix(linear: nn.Module) -> Tensor:
     """Return the weight of an `nn.Linear`, or of a GPT-2 `Conv1D` turned over `(O, I)`."""
     weight = linear.weight

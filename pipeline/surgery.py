@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline import attentions, structure
 from pipeline.architectures import Attention, Size, Stack
@@ -78,11 +78,17 @@ def _keep_layers(
         for module in block.modules():
             if hasattr(module, "layer_idx"):  # where a decoder keeps this layer's cache
                 setattr(module, "layer_idx", index)  # noqa: B010 - mypy: not declared on Module
-    for name in ("layer_types", "no_rope_layers"):
-        if len(getattr(config, name, None) or ()) == before:
-            setattr(config, name, [getattr(config, name)[at] for at in stays])
-    setattr(config, stack.count, len(left))
+    shorten(config, stack, before, list(stays))
     config.pruning = done
+
+
+def shorten(config: PretrainedConfig, stack: Stack, before: int, stays: list[int]) -> None:
+    """Tell a configuration that of `before` layers of a stack those at `stays` are left."""
+    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+        listed = getattr(config, name, None) or ()
+        if len(listed) == before:
+            setattr(config, name, [listed[at] for at in stays])
+    setattr(config, stack.count, len(stays))
 
 
 def apply(model: PreTrainedModel, record: Mapping[str, Any]) -> None:
@@ -163,7 +169,7 @@ def _take_out(model: PreTrainedModel, group: Group, stays: list[int]) -> None:
     if not group.kept:
         return
     if stays:
-        places = positions(group, stays)
+        places = _positions(group, stays)
         for linear, owner in group.writers:
             _slice(linear, "out", torch.isin(owner, torch.cat([places, -places.new_ones(1)])))
         _slice(group.reader, "in", torch.isin(owners(group), places))
@@ -232,7 +238,7 @@ def _replace(module: nn.Module, path: str, new: nn.Module | None) -> None:
     setattr(module.get_submodule(owner), name, new)
 
 
-def positions(group: Group, numbers: Iterable[int]) -> Tensor:
+def _positions(group: Group, numbers: Iterable[int]) -> Tensor:
     """Return where units, by their numbers in the unpruned model, stand now."""
     place = {unit: at for at, unit in enumerate(group.kept)}
     return torch.tensor([place[unit] for unit in numbers], dtype=torch.long)

@@ -22,6 +22,7 @@ from benchmarks.data import load as load_data
 from benchmarks.machine import Unavailable
 from benchmarks.tasks import TASKS, Example, label_names, padding
 from pipeline import checkpoint, native, selfcheck, sources, structure
+from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import ModelError
 from pipeline.recipe import Prune, Recipe
 from pipeline.store import Entry, Store, fingerprint
@@ -175,7 +176,8 @@ class Work:
 
     def _check_family(self) -> None:
         prunes = [step for step in self.recipe.steps if isinstance(step, Prune)]
-        if not prunes:
+        known = self.config.model_type in ARCHITECTURES
+        if not prunes or (known and not any(step.uniform for step in prunes)):
             return
         source, auto_class, revision = self.source, self.task.auto_class, self.recipe.model.revision
         try:

@@ -11,11 +11,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -30,7 +35,8 @@ SIZES = {
     "vocab_size": 99,
     "max_position_embeddings": 64,
 }
-GROUPED = SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+SHARING = SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4}
+GROUPED = SHARING | {"head_dim": 8}
 BOTH_SIDES = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -132,11 +138,7 @@ FAMILIES = {
         },
     ),
     "gpt_neox": ("GPTNeoX", "CausalLM", SIZES),
-    "llama": (
-        "Llama",
-        "CausalLM",
-        SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4},
-    ),
+    "llama": ("Llama", "CausalLM", SHARING),
     "marian": ("Marian", "MTModel", BOTH_SIDES | {"decoder_vocab_size": 99}),
     "mbart": ("MBart", "ConditionalGeneration", BOTH_SIDES),
     "mistral": ("Mistral", "CausalLM", GROUPED | {"sliding_window": 6}),
@@ -165,20 +167,12 @@ FAMILIES = {
         },
     ),
     "pegasus": ("Pegasus", "ConditionalGeneration", BOTH_SIDES),
-    "phi": ("Phi", "CausalLM", SIZES | {"num_attention_heads": 4}),
-    "phi3": (
-        "Phi3",
-        "CausalLM",
-        SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4},
-    ),
-    "qwen2": ("Qwen2", "CausalLM", SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4}),
+    "phi": ("Phi", "CausalLM", SIZES),
+    "phi3": ("Phi3", "CausalLM", SHARING),
+    "qwen2": ("Qwen2", "CausalLM", SHARING),
     "qwen3": ("Qwen3", "CausalLM", GROUPED),
     "roberta": ("Roberta", "SequenceClassification", SIZES),
-    "smollm3": (
-        "SmolLM3",
-        "CausalLM",
-        SIZES | {"num_attention_heads": 8, "num_key_value_heads": 4},
-    ),
+    "smollm3": ("SmolLM3", "CausalLM", SHARING),
     "t5": ("T5", "ConditionalGeneration", T5),
     "vit": ("ViT", "ImageClassification", IMAGES),
     "whisper": (
@@ -306,3 +300,67 @@ def write_rows(path: Path, rows: list[tuple[str, int]], header: str = "text,labe
     """Write a CSV file."""
     path.write_text("\n".join([header, *(f"{text},{label}" for text, label in rows)]) + "\n")
     return path
+
+
+ROWS = sentences(1400)
+
+
+def write_recipe(folder: Path, **changes: object) -> Path:
+    """Write a tiny model, its data and a recipe, and return the recipe's path."""
+    write_model(folder / "model", pad_token_id=0)
+    write_rows(folder / "data.csv", ROWS)
+    recipe = {
+        "model": {"source": str(folder / "model")},
+        "task": {
+            "kind": "text-classification",
+            "data": str(folder / "data.csv"),
+            "max_length": 16,
+            "splits": {
+                "train": "train[:700]",
+                "calibration": "train[700:800]",
+                "gate": "train[800:]",
+            },
+        },
+        "target": {"loads": [{"batch": 2, "sequence": 16}], "rounds": 6, "threads": 1},
+        "baseline": "finetune",
+        "steps": [
+            {"step": "finetune", "epochs": 20, "learning_rate": 2e-3},
+            {"step": "prune", "heads": 0.25, "neurons": 0.25},
+            {"step": "finetune", "epochs": 4, "learning_rate": 1e-3, "teacher": "finetune"},
+            {"step": "quantize", "embeddings": True},
+            {"step": "export"},
+        ],
+        "budget": {"max_drop": 0.2, "max_size": 2.0},
+    } | changes
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def secateur(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does."""
+    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a saved model."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_task(folder: Path, kind: str, family: str, **changes: object) -> dict[str, object]:
+    """Return the parts of a recipe that every task shares."""
+    write_model(folder / "model", family, **changes)
+    return {
+        "model": {"source": str(folder / "model")},
+        "task": {"kind": kind, "data": str(folder / "data.jsonl"), "max_length": 16,
+                 "splits": {"train": "train[:40]", "calibration": "train[40:60]",
+                            "gate": "train[60:]"}},
+        "target": {"loads": [{"batch": 2, "sequence": 16}], "rounds": 6, "threads": 1},
+        "steps": [{"step": "prune", "heads": 0.25, "neurons": 0.25},
+                  {"step": "finetune", "teacher": "original", "hidden_weight": 0.1},
+                  {"step": "quantize"}],
+        "budget": {"max_drop": 0.9},
+    }  # fmt: skip

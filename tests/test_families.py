@@ -5,8 +5,8 @@ import math
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, inputs, tiny
-from transformers import PreTrainedModel
+from conftest import FAMILIES, SIZES, inputs, tiny
+from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
 
 from exporters import onnx as exporter
 from pipeline import (
@@ -257,17 +257,15 @@ def test_onnx_agrees_at_shapes_that_were_not_traced(every, tmp_path):
     assert written < (stored + dense) / 2  # some graphs hold a few constants besides
 
 
-def test_what_is_gone_is_counted_by_hand(every):
+def test_what_is_gone_is_its_share_of_every_matrix(every):
     model = tiny(every)
     before, gone = model.num_parameters(), 0
     for group in of_kind(model, "heads") + of_kind(model, "neurons"):
         if group.of == 1:
             continue  # Falcon's multi-query attention: all of it would go
-        for linear, owners in group.writers:
-            rows = int((owners == 0).sum())
-            inputs_and_bias = structure.matrix(linear).shape[1] + (linear.bias is not None)
-            gone += rows * inputs_and_bias
-        gone += group.width * structure.matrix(group.reader).shape[0]
+        # Of every matrix and bias around them, all units have the same share.
+        around = [p for linear, _ in group.writers for p in linear.parameters()]
+        gone += sum(p.numel() // group.of for p in [*around, structure.matrix(group.reader)])
     heads, neurons = (
         {group.path: [0] for group in of_kind(model, kind) if group.of > 1}
         for kind in ("heads", "neurons")
@@ -285,6 +283,34 @@ def test_shards_in_bf16_load_as_they_were_saved(every, tmp_path):
     assert loaded.dtype == torch.bfloat16
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+@pytest.mark.parametrize("emptied", [False, True], ids=["some left", "none left"])
+def test_cross_attention_of_a_bert_decoder(emptied):
+    model, masked = (
+        BertLMHeadModel(BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)).double()
+        for _ in range(2)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for one, other in zip(model.parameters(), masked.parameters(), strict=True):
+        noise = torch.randn(one.shape, generator=generator, dtype=torch.float64) * 0.3
+        one.data, other.data = noise, noise.clone()
+    model.eval(), masked.eval()
+    states = torch.randn(2, 5, 32, generator=generator).double()
+    tokens = inputs(model)["input_ids"]
+    whole = logits(model, input_ids=tokens, encoder_hidden_states=states)
+    assert len(of_kind(model, "heads")) == 6
+    for kind in ("heads", "neurons"):
+        mask(masked, kind, plan(masked, kind, emptied=emptied))
+    cut(model, emptied=emptied)
+    given = {"encoder_hidden_states": states}
+    found = logits(model, input_ids=tokens, **given)
+    assert difference(found, logits(masked, input_ids=tokens, **given)) < 1e-12
+    assert difference(found, whole) > 1e-3
+    with torch.no_grad():
+        first = model(input_ids=tokens[:, :4], use_cache=True, **given)
+        rest = model(input_ids=tokens[:, 4:], past_key_values=first.past_key_values, **given)
+    assert difference(torch.cat([first.logits, rest.logits], dim=1), found) < 1e-12
 
 
 def test_a_loaded_model_trains(every, tmp_path):

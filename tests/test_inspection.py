@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from conftest import FAMILIES, tiny
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from pipeline import prune_heads, prune_neurons, save_pretrained, units
 from pipeline.checkpoint import ModelError
@@ -23,6 +24,10 @@ def test_parts_add_up_to_the_model(every, tmp_path):
     assert found.parameters["attention"] > 0
     assert found.parameters["ffn"] > 0
     assert found.multiply_adds["attention"] > 0
+    # Neither norms nor look-ups multiply matrices.
+    assert (found.multiply_adds["embeddings"], found.multiply_adds["rest of the layers"]) == (0, 0)
+    assert min(found.multiply_adds.values()) >= 0
+    assert not found.uncounted
     assert not found.refusal
 
 
@@ -51,6 +56,21 @@ def test_the_command_shows_what_is_left(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"model\.layers\.1\.self_attn +3 of 4 +6 of 8 +48", shown)
     assert f"{sum(p.numel() for p in model.parameters()):,}" in shown
+
+
+def test_what_cannot_be_counted_is_said(tmp_path, capsys):
+    config = Wav2Vec2Config(vocab_size=9, hidden_size=16, num_hidden_layers=1, intermediate_size=8,
+                            num_attention_heads=2, conv_dim=(8,), conv_kernel=(3,),
+                            conv_stride=(2,), num_conv_pos_embeddings=4,
+                            num_conv_pos_embedding_groups=2)  # fmt: skip
+    Wav2Vec2ForCTC(config).save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    assert found.multiply_adds is None
+    assert "the input 'input_values' is not one that can be made up" in found.uncounted
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(tmp_path)])
+    assert ended.value.code == 0
+    assert "multiply-adds not counted: the input 'input_values'" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_there_is_said(tmp_path):

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny trained model: what a user does, and what can go wrong."""
+"""The whole pipeline on a tiny trained model: what a run leaves, and what it does again."""
 
 import json
 import os
@@ -13,12 +13,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import WORDS, sentences, write_model, write_rows
+from conftest import (
+    ROWS,
+    WORDS,
+    edit_weights,
+    other_task,
+    secateur,
+    sentences,
+    write_recipe,
+)
 from PIL import Image
 from transformers import (
     AutoTokenizer,
-    FNetConfig,
-    FNetForSequenceClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -26,48 +32,7 @@ from transformers import (
 
 from benchmarks.accuracy import Outcomes
 from pipeline import Recipe, from_pretrained, run, units
-from pipeline.checkpoint import ModelError
 from pipeline.store import seal, verify
-
-ROWS = sentences(1400)
-
-
-def write_recipe(folder: Path, **changes: object) -> Path:
-    """Write a tiny model, its data and a recipe, and return the recipe's path."""
-    write_model(folder / "model", pad_token_id=0)
-    write_rows(folder / "data.csv", ROWS)
-    recipe = {
-        "model": {"source": str(folder / "model")},
-        "task": {
-            "kind": "text-classification",
-            "data": str(folder / "data.csv"),
-            "max_length": 16,
-            "splits": {
-                "train": "train[:700]",
-                "calibration": "train[700:800]",
-                "gate": "train[800:]",
-            },
-        },
-        "target": {"loads": [{"batch": 2, "sequence": 16}], "rounds": 6, "threads": 1},
-        "baseline": "finetune",
-        "steps": [
-            {"step": "finetune", "epochs": 20, "learning_rate": 2e-3},
-            {"step": "prune", "heads": 0.25, "neurons": 0.25},
-            {"step": "finetune", "epochs": 4, "learning_rate": 1e-3, "teacher": "finetune"},
-            {"step": "quantize", "embeddings": True},
-            {"step": "export"},
-        ],
-        "budget": {"max_drop": 0.2, "max_size": 2.0},
-    } | changes
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return path
-
-
-def secateur(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user does."""
-    command = [sys.executable, "-m", "pipeline", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -215,20 +180,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, wait_for):
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
 
 
-def test_an_interrupt_ends_with_130(tmp_path):
-    path = write_recipe(tmp_path)
-    command = [sys.executable, "-m", "pipeline", "run", path, "--output", tmp_path / "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list((tmp_path / "out" / "stages").glob("original-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate()
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-    assert "interrupted; run the same command again" in stderr
-
-
 def test_a_torch_target_needs_no_onnx(tmp_path):
     steps = [{"step": "prune", "heads": 0.25, "criterion": "magnitude", "repair": "none"}]
     path = write_recipe(
@@ -242,203 +193,6 @@ def test_a_torch_target_needs_no_onnx(tmp_path):
     assert [stage.runtime for stage in report.stages] == ["torch", "torch"]
     assert (tmp_path / "out" / "artifact" / "model.safetensors").is_file()
     assert list((tmp_path / "out" / "stages").glob("onnx-*")) == []
-
-
-def edit_weights(folder: Path, change) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def drop(tensors) -> None:
-    del tensors["classifier.weight"]
-
-
-def poison(tensors) -> None:
-    tensors["bert.encoder.layer.1.output.dense.weight"][0, 0] = torch.nan
-
-
-def add(tensors) -> None:
-    tensors["bert.encoder.layer.9.output.dense.weight"] = torch.zeros(2)
-
-
-BROKEN = {
-    "a missing tensor": (drop, "found no classifier.weight"),
-    "a NaN": (poison, "found NaN or infinity in bert.encoder.layer.1.output.dense.weight"),
-    "an extra tensor": (add, "found bert.encoder.layer.9.output.dense.weight, which"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_damaged_model_is_refused(tmp_path, name):
-    change, message = BROKEN[name]
-    path = write_recipe(tmp_path)
-    edit_weights(tmp_path / "model", change)
-    done = secateur("run", path, "--output", tmp_path / "out")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list((tmp_path / "out").glob("stages/*")) == [] or not list(
-        (tmp_path / "out" / "stages").glob("original-*")
-    )
-
-
-def remove(name):
-    return lambda folder: (folder / name).unlink()
-
-
-def truncate(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def swap_task(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
-
-
-FOLDERS = {
-    "no config": (remove("config.json"), "found no config.json, expected a Hugging Face model"),
-    "no weights": (remove("model.safetensors"), "cannot be loaded"),
-    "truncated weights": (truncate, "model: "),
-    "no tokenizer": (remove("tokenizer.json"), "found no tokenizer"),
-    "another family": (swap_task, "model, which has no AutoModelForSequenceClassification"),
-}
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_that_is_not_the_model_is_refused(tmp_path, name):
-    change, message = FOLDERS[name]
-    path = write_recipe(tmp_path)
-    change(tmp_path / "model")
-    done = secateur("run", path, "--output", tmp_path / "out")
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_model_without_a_head_asks_for_training(tmp_path):
-    path = write_recipe(
-        tmp_path,
-        steps=[{"step": "prune", "heads": 0.25}],
-        baseline="original",
-        target={"runtime": "torch", "loads": [{"batch": 2, "sequence": 8}]},
-    )
-    from_pretrained(tmp_path / "model").bert.save_pretrained(tmp_path / "model")
-    done = secateur("run", path, "--output", tmp_path / "out")
-    assert done.returncode == 2
-    assert "found BertModel, expected a model trained for text-classification" in done.stderr
-
-
-def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path):
-    """RLIMIT_FSIZE stands in for a full disk: no file may grow past 20 kB."""
-    path = write_recipe(tmp_path)
-    limited = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-        "from pipeline.cli import main; main(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", limited, "run", str(path), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 5, done.stderr
-    assert "no space left" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert list((tmp_path / "out" / "stages").glob("*-*")) == []
-
-
-def test_wrong_arguments_and_recipes_are_exit_2(tmp_path):
-    assert secateur("run").returncode == 2
-    done = secateur("run", tmp_path / "nowhere.yaml")
-    assert (done.returncode, done.stderr.strip()) == (
-        2, f"secateur: {tmp_path}/nowhere.yaml: no such file",
-    )  # fmt: skip
-    (tmp_path / "bad.yaml").write_text("modle: {}\nsteps: [{step: prun}]\n")
-    done = secateur("check", tmp_path / "bad.yaml")
-    assert done.returncode == 2
-    assert "did you mean 'model'" in done.stderr
-    assert "did you mean 'prune'" in done.stderr
-
-
-def test_a_target_that_is_not_here_is_exit_4(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device here")
-    path = write_recipe(tmp_path, target={"device": "cuda"})
-    done = secateur("run", path, "--output", tmp_path / "out")
-    assert done.returncode == 4
-    assert "target.device: found" in done.stderr
-
-
-def test_check_resolves_model_and_data_without_running(tmp_path):
-    path = write_recipe(tmp_path)
-    done = secateur("check", path, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "examples: train 700, calibration 100, gate 600" in done.stdout
-    assert not (tmp_path / "runs").exists()
-    (tmp_path / "data.csv").unlink()
-    done = secateur("check", path, tmp_path / "nowhere.yaml")
-    assert done.returncode == 2
-    assert "data.csv: no such file or folder" in done.stderr
-    assert "nowhere.yaml: no such file" in done.stderr
-
-
-def test_a_family_that_cannot_be_cut_is_refused_before_the_first_step(tmp_path):
-    recipe = other_task(tmp_path, "text-classification", "bert")
-    config = FNetConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, intermediate_size=48)
-    FNetForSequenceClassification(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ModelError, match="found the family 'fnet', which cannot be cut: its layer"):
-        run(Recipe.model_validate(recipe), tmp_path / "out")
-
-
-def test_a_uniform_cut_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
-    recipe = other_task(tmp_path, "text-classification", "bert")
-    recipe["steps"] = [{"step": "prune", "heads": 0.25, "uniform": True}]
-    with pytest.raises(ModelError, match="the configuration of bert cannot say what was cut"):
-        run(Recipe.model_validate(recipe), tmp_path / "out")
-
-
-def test_outputs_that_are_not_numbers_are_exit_5(tmp_path):
-    path = write_recipe(
-        tmp_path,
-        steps=[{"step": "prune", "heads": 0.25, "criterion": "magnitude", "repair": "none"}],
-        baseline="original",
-        target={"runtime": "torch", "loads": [{"batch": 2, "sequence": 8}], "rounds": 6},
-    )
-    edit_weights(tmp_path / "model", lambda tensors: tensors["classifier.weight"].fill_(3e38))
-    done = secateur("run", path, "--output", tmp_path / "out")
-    assert done.returncode == 5
-    assert "evaluating: found NaN or infinity in the output 'logits'" in done.stderr
-    assert not (tmp_path / "out" / "artifact").exists()
-
-
-def test_more_threads_than_cores_are_exit_4(tmp_path):
-    path = write_recipe(tmp_path, target={"threads": 4096})
-    done = secateur("check", path)
-    assert done.returncode == 4
-    assert "target.threads: found 4096, expected at most" in done.stderr
-
-
-def test_doctor_says_what_is_here():
-    done = secateur("doctor")
-    assert done.returncode == 0
-    assert "ONNX Runtime" in done.stdout
-
-
-def other_task(folder: Path, kind: str, family: str, **changes: object) -> dict[str, object]:
-    """Return the parts of a recipe that every task shares."""
-    write_model(folder / "model", family, **changes)
-    return {
-        "model": {"source": str(folder / "model")},
-        "task": {"kind": kind, "data": str(folder / "data.jsonl"), "max_length": 16,
-                 "splits": {"train": "train[:40]", "calibration": "train[40:60]",
-                            "gate": "train[60:]"}},
-        "target": {"loads": [{"batch": 2, "sequence": 16}], "rounds": 6, "threads": 1},
-        "steps": [{"step": "prune", "heads": 0.25, "neurons": 0.25},
-                  {"step": "finetune", "teacher": "original", "hidden_weight": 0.1},
-                  {"step": "quantize"}],
-        "budget": {"max_drop": 0.9},
-    }  # fmt: skip
 
 
 def texts(count: int) -> list[list[str]]:
