@@ -11,7 +11,8 @@ from typing import Final
 
 import onnx
 
-from exporters.onnx import DATA, EXTERNAL_BYTES, runtime
+from exporters.onnx.graph import EXTERNAL_BYTES, data_file
+from exporters.onnx.session import runtime
 
 INTEGER_OPERATORS: Final = frozenset({"MatMulInteger", "DynamicQuantizeMatMul"})
 
@@ -53,7 +54,8 @@ def int8_dynamic(source: Path, target: Path, *, embeddings: bool, reduce_range: 
         del graph.graph.value_info[:]
         graph.graph.value_info.extend(shapes)
         large = graph.ByteSize() >= EXTERNAL_BYTES
-        onnx.save(graph, clean, save_as_external_data=large, location=DATA if large else None)
+        beside = data_file(clean).name if large else None
+        onnx.save(graph, clean, save_as_external_data=large, location=beside)
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)  # it recommends a pre-processing that fails on such graphs
         try:

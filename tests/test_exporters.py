@@ -9,6 +9,7 @@ from conftest import tiny
 import exporters
 from exporters import ExportError, MissingDependency
 from exporters import onnx as exporter
+from exporters.onnx import graph, session
 from pipeline import prune_heads, prune_neurons
 from pipeline.quantization import INTEGER_OPERATORS, METHODS, QuantizationError
 
@@ -49,9 +50,8 @@ def exported(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_a_pruned_model_is_the_same_in_onnx_runtime(family, exported):
-    model, (path, difference) = pruned(family), exported(family)
+def test_a_pruned_model_is_the_same_in_onnx_runtime(exported):
+    model, (path, difference) = pruned("bert"), exported("bert")
     assert difference < 1e-5
     graph = onnx.load(path).graph
     names = {i.name: [d.dim_param for d in i.type.tensor_type.shape.dim] for i in graph.input}
@@ -63,6 +63,76 @@ def test_a_pruned_model_is_the_same_in_onnx_runtime(family, exported):
     np.testing.assert_allclose(predict(other)["logits"], expected, atol=1e-4, rtol=1e-4)
 
 
+def axes_of(values) -> dict[str, list[object]]:
+    return {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in values
+    }
+
+
+def test_a_decoder_takes_and_gives_a_cache(exported):
+    graph = onnx.load(exported("gpt2")[0]).graph
+    total = "past_sequence + sequence"
+    named = axes_of(graph.input)
+    assert named["input_ids"] == named["position_ids"] == [*AXES]
+    assert named["attention_mask"] == ["batch", total]
+    assert named["past_key_values.1.value"] == ["batch", 2, "past_sequence", 8]
+    assert axes_of(graph.output)["present.1.value"] == ["batch", 2, total, 8]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_decoder_generates_what_torch_generates(family, exported):
+    model, (path, difference) = pruned(family), exported(family)
+    assert difference < 1e-5
+    predict = exporter.predictor(path, device="cpu", threads=1)
+    prompts = inputs(3, 9)["input_ids"]
+    mask = np.ones_like(prompts)
+    mask[1, :4] = 0  # prompts are padded on the left
+    expected = model.generate(
+        torch.from_numpy(prompts),
+        attention_mask=torch.from_numpy(mask),
+        max_new_tokens=7,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    tokens, found, cache = prompts, [], {}
+    for _ in range(7):
+        outputs = predict({"input_ids": tokens, "attention_mask": mask, **cache})
+        tokens, cache = outputs["logits"][:, -1:].argmax(-1), session.cache(outputs)
+        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
+        found.append(tokens)
+    assert np.concatenate(found, axis=1).tolist() == expected[:, 9:].tolist()
+
+
+def test_an_encoder_decoder_generates_what_torch_generates(tmp_path):
+    model, path, given = tiny("t5"), tmp_path / "decoder.onnx", inputs(2, 9)
+    layer = "decoder.block.0.layer"
+    prune_heads(
+        model, {f"{layer}.0.SelfAttention": [0, 1, 2, 3], f"{layer}.1.EncDecAttention": [1]}
+    )
+    decoded = np.asarray([[0, 5, 7], [0, 8, 9]])
+    samples = [given | {"decoder_input_ids": decoded}]
+    assert exporter.export(model, samples, axes=AXES, path=path, fuse_for="cpu") < 1e-5
+    given = inputs(3, 14)
+    expected = model.generate(
+        **{name: torch.from_numpy(array) for name, array in given.items()},
+        max_new_tokens=7,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    encode, decode = (
+        exporter.predictor(file, device="cpu", threads=1)
+        for file in (exporter.encoder_file(path), path)
+    )
+    crossed = session.cache(encode(given)) | {"encoder_attention_mask": given["attention_mask"]}
+    found, cache = [np.full((3, 1), model.config.decoder_start_token_id)], {}
+    for _ in range(7):
+        outputs = decode({"input_ids": found[-1], **crossed, **cache})
+        cache = session.cache(outputs)
+        found.append(outputs["logits"][:, -1:].argmax(-1))
+    assert np.concatenate(found, axis=1).tolist() == expected.tolist()
+
+
 def test_a_smaller_model_is_a_smaller_file(tmp_path, exported):
     write(tiny("bert"), tmp_path / "dense.onnx")
     saved = (tmp_path / "dense.onnx").stat().st_size - exported("bert")[0].stat().st_size
@@ -71,7 +141,7 @@ def test_a_smaller_model_is_a_smaller_file(tmp_path, exported):
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter, "EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr(graph, "EXTERNAL_BYTES", 1000)
     path = tmp_path / "model.onnx"
     assert write(tiny("bert"), path) < 1e-5
     assert (tmp_path / "model.onnx_data").stat().st_size > 50_000
@@ -102,7 +172,7 @@ def test_a_provider_that_is_not_here_is_an_error(exported):
 
 @pytest.mark.parametrize("found", [None, object()])
 def test_a_missing_runtime_names_both_extras(monkeypatch, found):
-    monkeypatch.setattr(exporter, "_ORT", found)
+    monkeypatch.setattr(session, "_ORT", found)
     with pytest.raises(MissingDependency, match=r"\.\[cpu\].*\.\[gpu\]"):
         exporter.runtime()
 

@@ -243,18 +243,21 @@ def test_onnx_agrees_at_shapes_that_were_not_traced(every, tmp_path):
         for count, length in ((2, 11), (1, 7), (2, 19))
     ]
     axes = {
-        name: ["batch"]
-        if tensor.is_floating_point()
-        else ["batch", "decoder_sequence" if "decoder" in name else "sequence"]
+        name: ["batch"] if tensor.is_floating_point() else ["batch", "sequence"]
         for name, tensor in inputs(model).items()
     }
     assert exporter.export(model, samples, axes=axes, path=path, fuse_for="cpu") < 1e-4
-    tensors = onnx.load(path).graph.initializer
-    written = sum(math.prod(t.dims) for t in tensors if t.data_type == onnx.TensorProto.FLOAT)
+    written = {
+        tensor.name: math.prod(tensor.dims)
+        for file in tmp_path.glob("*.onnx")
+        for tensor in onnx.load(file).graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
     stored, dense = (
         sum(tensor.numel() for tensor in m.state_dict().values()) for m in (model, tiny(every))
     )
-    assert written < (stored + dense) / 2  # some graphs hold a few constants besides
+    # Some graphs hold a few constants besides; an encoder and a decoder may share embeddings.
+    assert sum(written.values()) < (stored + dense) / 2
 
 
 def test_what_is_gone_is_its_share_of_every_matrix(every):

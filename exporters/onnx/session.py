@@ -1,0 +1,151 @@
+"""ONNX Runtime: a graph, or the folder that holds one, becomes a function of arrays."""
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporters import ExportError, MissingDependency
+
+MODEL: Final = Path("onnx", "model.onnx")
+"""Where the graph lies in an artifact."""
+
+
+def encoder_file(path: Path) -> Path:
+    """Return where the encoder of the decoder at `path` lies."""
+    return path.with_name("encoder_model.onnx")
+
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def _imported() -> ModuleType | None:
+    try:
+        return import_module("onnxruntime")
+    except ImportError:
+        return None
+
+
+# Imported with this module, so that what a process needs for the runtime alone can be told from
+# what it needs for a model.
+_ORT: Final = _imported()
+
+
+def runtime() -> ModuleType:
+    """Return the module `onnxruntime`.
+
+    Raises:
+        MissingDependency: it is not installed, or only the shell of an uninstalled one is left.
+    """
+    if not hasattr(_ORT, "InferenceSession"):
+        raise MissingDependency(
+            "onnxruntime: not installed; install one of the two extras, never both:"
+            " pip install -e '.[cpu]' for this CPU, or pip install -e '.[gpu]' for CUDA"
+        )
+    assert _ORT is not None
+    return _ORT
+
+
+def open_predictor(folder: Path, *, device: str, threads: int) -> Any:
+    """Return the predictor of an artifact in `folder`: arrays of inputs to arrays of outputs."""
+    return predictor(folder / MODEL, device=device, threads=threads)
+
+
+def predictor(path: Path, *, device: str, threads: int) -> Any:
+    """Return a function that runs the graph at `path`.
+
+    A cache that is not given is empty, and positions that are not given are those of the mask.
+
+    Raises:
+        ExportError: the file is not a graph that ONNX Runtime opens.
+        MissingDependency: onnxruntime is not installed.
+        RuntimeError: the device's execution provider is not there; ONNX Runtime itself would go on
+            with the CPU in silence.
+    """
+    session = open_session(path, device=device, threads=threads)
+    outputs = [output.name for output in session.get_outputs()]
+    inputs = {node.name: node.shape for node in session.get_inputs()}
+
+    def predict(arrays: Arrays) -> dict[str, NDArray[Any]]:
+        fed = {}
+        for name, shape in inputs.items():
+            if name in arrays:
+                fed[name] = arrays[name]
+            elif name == "position_ids":
+                length = arrays["input_ids"].shape[1]
+                fed[name] = positions(arrays["attention_mask"])[:, -length:]
+            elif name.startswith("past_key_values."):
+                size = len(arrays["input_ids"]), shape[1], 0, shape[3]
+                fed[name] = np.zeros(size, np.float32)
+        return dict(zip(outputs, session.run(outputs, fed), strict=True))
+
+    return predict
+
+
+def in_parts(predict: Any, arrays: Arrays, ends: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """Return the logits `(B, L, V)` of a decoder that is given its tokens in parts.
+
+    Args:
+        predict: a decoder's predictor.
+        arrays: `input_ids` `(B, L)`, and what else it takes.
+        ends: where a part ends, and the next one goes on with its cache.
+    """
+    given, logits, seen = dict(arrays), [], 0
+    for tokens in np.split(arrays["input_ids"], ends, axis=1):
+        seen += tokens.shape[1]
+        given["input_ids"] = tokens
+        if "attention_mask" in arrays:
+            given["attention_mask"] = arrays["attention_mask"][:, :seen]
+        outputs = predict(given)
+        logits.append(outputs["logits"])
+        given |= cache(outputs)
+    return {"logits": np.concatenate(logits, axis=1)}
+
+
+def cache(outputs: Arrays) -> dict[str, NDArray[Any]]:
+    """Return the cache among the outputs, under the names of the inputs."""
+    return {
+        f"past_key_values{name.removeprefix('present')}": array
+        for name, array in outputs.items()
+        if name.startswith("present.")
+    }
+
+
+def positions(mask: NDArray[Any]) -> NDArray[Any]:
+    """Return the position of every token, the first one that the mask `(B, T)` shows being 0."""
+    return np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
+
+
+def open_session(path: Path, *, device: str, threads: int) -> Any:
+    """Return an ONNX Runtime session; see `predictor` for what it raises.
+
+    Spinning is off: idle threads that wait in a loop would take the cores from whatever runs next,
+    in a comparison as in a server.
+    """
+    ort = runtime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    found = ort.get_available_providers()
+    if provider in found:
+        try:
+            session = ort.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:
+            # All of ONNX Runtime's errors derive from Exception alone.
+            if not type(error).__module__.startswith("onnxruntime"):
+                raise
+            raise ExportError(f"{path}: ONNX Runtime cannot open it: {error}") from error
+        found = session.get_providers()
+        if found[0] == provider:
+            return session
+    raise RuntimeError(
+        f"target.device: found {found[0]}, expected {provider}; install the extra `gpu` and a CUDA"
+        " driver, or use device: cpu"
+    )
