@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         help="with a recipe: score all heads on its calibration data, and draw them (.svg, .png)",
     )
     inspect.add_argument("--sequence", type=int, default=128, help="tokens; default: 128")
+    inspect.add_argument(
+        "--per-layer-config",
+        type=Path,
+        metavar="FILE",
+        help="write the configuration of a pruned folder in transformers' schema for such models",
+    )
     inspect.set_defaults(command=_inspect)
     doctor = commands.add_parser("doctor", help="what this machine can run")
     doctor.set_defaults(command=_doctor)
@@ -223,12 +229,28 @@ def _inspect(options: argparse.Namespace) -> int:
     out.print(f"{escape(source)}: {found.kind}, family {found.family}", soft_wrap=True)
     _show_parts(found)
     _show_units(found)
+    if options.per_layer_config:
+        options.per_layer_config.write_text(_per_layer_config(resolve(source)))
+        out.print(f"configuration: {escape(str(options.per_layer_config))}", soft_wrap=True)
     if recipe and options.scores:
         with _progress() as progress:
             scores = head_scores(recipe, track=_Bars(progress))
         draw(scores, options.scores)
         out.print(f"scores of the heads: {escape(str(options.scores))}", soft_wrap=True)
     return 0
+
+
+def _per_layer_config(source: str) -> str:
+    import json
+
+    from pipeline import checkpoint, native, selfcheck
+
+    model = checkpoint.without_weights(source)
+    try:
+        selfcheck.ensure(model)
+        return json.dumps(native.per_layer_config(model), indent=2) + "\n"
+    except ValueError as error:
+        raise checkpoint.ModelError(f"--per-layer-config: {error}") from error
 
 
 def _show_parts(found: "Inspection") -> None:

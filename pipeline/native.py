@@ -15,8 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from pipeline import pruning, structure, surgery
-from pipeline.architectures import Attention
-from pipeline.structure import Kind
+from pipeline.structure import Group, Kind
 
 
 def configure(model: PreTrainedModel) -> None:
@@ -27,13 +26,8 @@ def configure(model: PreTrainedModel) -> None:
     Raises:
         ValueError: layers were cut differently, or the family's configuration cannot say it.
     """
-    groups = [group for group in structure.groups(model) if len(group.kept) < group.of]
-    for group in groups:
-        if isinstance(group.part, Attention) and group.part.mixed is not None:
-            raise ValueError(
-                f"{group.path}: found {model.config.model_type} heads, expected heads that do not"
-                " depend on their number; uniform cuts of neurons alone can be written"
-            )
+    for group in structure.groups(model):
+        _refuse_numbered(group)
     numbers = _numbers(model)
     trial = copy.deepcopy(model.config)
     _set(trial, numbers)
@@ -56,6 +50,58 @@ def configure(model: PreTrainedModel) -> None:
     _set(model.config, numbers)
 
 
+def per_layer_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the configuration with what was cut under `per_layer_config`, for other software.
+
+    A layer's entry has the numbers of heads, key/value heads and neurons that differ, and under
+    `skip` what is empty. transformers 5.23 reads the schema, but builds none of the families here
+    by it; https://github.com/huggingface/transformers/pull/45332 would, and names the parts.
+
+    Raises:
+        ValueError: the schema cannot say what was cut.
+    """
+    stacks, config = structure.stacks(model), model.config
+    stack, layers = stacks[0]
+    shared = not stack.count or len(layers) < getattr(config, stack.count)
+    if shared or len(stacks) > 1:
+        what = "layers that share their weights" if shared else "two stacks of layers"
+        raise ValueError(
+            f"{type(model).__name__}: found {what}, expected one stack; per_layer_config cannot say"
+            " what was cut"
+        )
+    found: dict[str, dict[str, Any]] = {}
+    written = config.to_dict() | {"per_layer_config": found}
+    written.pop("pruning", None)
+    for group in structure.groups(model):
+        _refuse_numbered(group)
+        own, numbers = found.setdefault(str(group.layer), {}), {}
+        if not group.kept:
+            if getattr(group.reader, "bias", None) is not None:
+                raise ValueError(
+                    f"{group.path}: found nothing left but a bias, expected some {group.kind} or no"
+                    " bias; per_layer_config cannot say what was cut"
+                )
+            own.setdefault("skip", []).append("mlp" if group.kind == "neurons" else "attention")
+        elif group.kind == "neurons":
+            numbers = {stack.neurons: len(group.kept)}
+        elif group.kind == "heads":
+            numbers = {stack.heads: group.queries}
+            if isinstance(stack.groups, str) and hasattr(config, stack.groups):
+                numbers[stack.groups] = group.heads
+            written["head_dim"] = structure.matrix(group.reader).shape[1] // group.queries
+        for name, value in numbers.items():
+            stored = config.attribute_map.get(name, name)
+            if stored not in written and len(group.kept) < group.of:
+                raise ValueError(
+                    f"{group.path}: found no number of {group.kind} in the configuration of"
+                    f" {config.model_type}, expected one; per_layer_config cannot say what was cut"
+                )
+            if value != written.get(stored, value):
+                own[stored] = value
+    written["per_layer_config"] = {at: own for at, own in found.items() if own}
+    return written
+
+
 def rehearse(model: PreTrainedModel, fractions: Mapping[Kind, float], multiple: int) -> None:
     """Cut a model without weights as far as the real one will be, and configure it.
 
@@ -70,6 +116,14 @@ def rehearse(model: PreTrainedModel, fractions: Mapping[Kind, float], multiple: 
             kept = groups[path].kept
             surgery.keep(model, groups[path], list(kept[: len(kept) - len(gone)]))
     configure(model)
+
+
+def _refuse_numbered(group: Group) -> None:
+    if len(group.kept) < group.of and getattr(group.part, "mixed", None) is not None:
+        raise ValueError(
+            f"{group.path}: found heads that depend on their number, expected others; of this"
+            " family cuts of neurons alone can be written"
+        )
 
 
 def _cannot(model: PreTrainedModel) -> str:
