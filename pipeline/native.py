@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from pipeline import pruning, structure, surgery
+from pipeline.architectures import Stack
 from pipeline.structure import Group, Kind
 
 
@@ -69,37 +70,44 @@ def per_layer_config(model: PreTrainedModel) -> dict[str, Any]:
             f"{type(model).__name__}: found {what}, expected one stack; per_layer_config cannot say"
             " what was cut"
         )
-    found: dict[str, dict[str, Any]] = {}
-    written = config.to_dict() | {"per_layer_config": found}
+    written = config.to_dict()
     written.pop("pruning", None)
+    entries: dict[str, dict[str, Any]] = {}
     for group in structure.groups(model):
         _refuse_numbered(group)
-        own, numbers = found.setdefault(str(group.layer), {}), {}
-        if not group.kept:
-            if getattr(group.reader, "bias", None) is not None:
-                raise ValueError(
-                    f"{group.path}: found nothing left but a bias, expected some {group.kind} or no"
-                    " bias; per_layer_config cannot say what was cut"
-                )
-            own.setdefault("skip", []).append("mlp" if group.kind == "neurons" else "attention")
-        elif group.kind == "neurons":
-            numbers = {stack.neurons: len(group.kept)}
-        elif group.kind == "heads":
-            numbers = {stack.heads: group.queries}
-            if isinstance(stack.groups, str) and hasattr(config, stack.groups):
-                numbers[stack.groups] = group.heads
+        entry = entries.setdefault(str(group.layer), {})
+        if group.kept:
+            entry |= _entry(model, stack, group, written)
+        elif getattr(group.reader, "bias", None) is None:
+            entry.setdefault("skip", []).append("mlp" if group.kind == "neurons" else "attention")
+        else:
+            raise ValueError(
+                f"{group.path}: found nothing left but a bias, expected some {group.kind} or no"
+                " bias; per_layer_config cannot say what was cut"
+            )
+        if group.kept and group.kind == "heads":
             written["head_dim"] = structure.matrix(group.reader).shape[1] // group.queries
-        for name, value in numbers.items():
-            stored = config.attribute_map.get(name, name)
-            if stored not in written and len(group.kept) < group.of:
-                raise ValueError(
-                    f"{group.path}: found no number of {group.kind} in the configuration of"
-                    f" {config.model_type}, expected one; per_layer_config cannot say what was cut"
-                )
-            if value != written.get(stored, value):
-                own[stored] = value
-    written["per_layer_config"] = {at: own for at, own in found.items() if own}
-    return written
+    return written | {"per_layer_config": {at: entry for at, entry in entries.items() if entry}}
+
+
+def _entry(
+    model: PreTrainedModel, stack: Stack, group: Group, written: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the numbers of one group that differ from the model's, by the names in its file."""
+    numbers = {}
+    if group.kind == "neurons":
+        numbers = {stack.neurons: len(group.kept)}
+    elif group.kind == "heads":
+        numbers = {stack.heads: group.queries}
+        if isinstance(stack.groups, str) and hasattr(model.config, stack.groups):
+            numbers[stack.groups] = group.heads
+    stored = {model.config.attribute_map.get(name, name): n for name, n in numbers.items()}
+    if len(group.kept) < group.of and not written.keys() >= stored.keys():
+        raise ValueError(
+            f"{group.path}: found no number of {group.kind} in the configuration of"
+            f" {model.config.model_type}, expected one; per_layer_config cannot say what was cut"
+        )
+    return {name: number for name, number in stored.items() if written.get(name, number) != number}
 
 
 def rehearse(model: PreTrainedModel, fractions: Mapping[Kind, float], multiple: int) -> None:
