@@ -93,10 +93,9 @@ def mask_gradients(
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of a reader's input, with a 1 behind it where the reader has a bias.
+    """Second moments of a reader's input with a 1 behind it.
 
-    `fit` and `held_out` are sums of x xT in float64 `(I, I)` or `(I+1, I+1)`, over different
-    windows.
+    `fit` and `held_out` are sums of x xT in float64 `(I+1, I+1)`, over different windows.
     """
 
     fit: Tensor
@@ -128,8 +127,7 @@ def moments(
 
     def see(name: str, states: Tensor) -> None:
         rows = states.double()
-        if readers[name].bias is not None:
-            rows = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
+        rows = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
         if name not in sums:
             width = rows.shape[-1]
             sums[name] = rows.new_zeros(width, width), rows.new_zeros(width, width)

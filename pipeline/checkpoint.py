@@ -28,7 +28,13 @@ class ModelError(ValueError):
 
 
 def save_pretrained(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write the model, cut or not, as config.json and safetensors."""
+    """Write the model, cut or not, as config.json and safetensors; the tokenizer is not a part.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+    """
+    if Path(folder).is_file():  # the library says so in a log line, and goes on
+        raise NotADirectoryError(f"{folder}: found a file, expected a folder or none")
     model.save_pretrained(folder)
 
 

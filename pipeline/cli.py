@@ -223,6 +223,10 @@ def _inspect(options: argparse.Namespace) -> int:
         raise RecipeError("--scores: found a model, expected a recipe, which names the data")
     if options.scores and options.scores.suffix not in {".svg", ".png"}:
         raise RecipeError(f"--scores: found {options.scores}, expected a file .svg or .png")
+    for option in ("scores", "per_layer_config"):
+        path = getattr(options, option)
+        if path and not path.parent.is_dir():
+            raise RecipeError(f"--{option.replace('_', '-')}: found no folder {path.parent}")
     recipe = Recipe.from_yaml(Path(options.model)) if is_recipe else None
     source = recipe.model.source if recipe else options.model
     found = inspect(resolve(source), options.sequence)
@@ -281,7 +285,7 @@ def _show_units(found: "Inspection") -> None:
     out.print()
     kinds = ("heads", "queries", "neurons")
     layers = Table(box=None, pad_edge=False, header_style="bold")
-    layers.add_column("can be cut", no_wrap=True)
+    layers.add_column("can be cut", overflow="fold")
     for name in kinds:
         layers.add_column(name, justify="right", no_wrap=True)
     for layer in found.layers:

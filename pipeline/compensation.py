@@ -53,6 +53,24 @@ def solve(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
     return weight[:, kept] + weight[:, removed] @ torch.cholesky_solve(across.T, factor).T
 
 
+def shift(weight: Tensor, moments: Moments, kept: Tensor) -> Repair:
+    """Return the kept columns with the removed ones' mean output added to the bias, if that helps.
+
+    `weight` `(O, I)` carries the bias as its last column, so that the last row of the moments holds
+    the sums of the inputs. Source: FLAP, section 3.4, https://arxiv.org/abs/2312.11983
+    """
+    weight = weight.double()
+    before = error(weight, moments.held_out, kept, weight[:, kept])
+    removed = _others(kept, weight.shape[1])
+    mean = moments.fit[-1, removed] / moments.fit[-1, -1]
+    candidate = weight[:, kept].clone()
+    candidate[:, -1] += weight[:, removed] @ mean
+    after = error(weight, moments.held_out, kept, candidate)
+    if after < before:
+        return Repair(candidate, before, after)
+    return Repair(weight[:, kept], before, before)
+
+
 def error(weight: Tensor, gram: Tensor, kept: Tensor, repaired: Tensor) -> float:
     """Return |X W^T - X_K W'^T|^2, from the second moments alone."""
     difference = weight.clone()

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from benchmarks.accuracy import Track, silent
 from pipeline import calibration, checkpoint, pruning, selfcheck, steps, structure
 from pipeline.checkpoint import ModelError
+from pipeline.criteria import CRITERIA
 from pipeline.recipe import Prune, Recipe
 from pipeline.work import Work
 
@@ -30,10 +31,10 @@ PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head an
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's units: those that are left, and in brackets in the table those that there were.
+    """The units of an attention or an FFN: those that are left, and those that there were.
 
-    Heads are key/value heads with their queries; `queries` are query heads. An encoder-decoder's
-    layer has a row for each of its attentions; the last of them has the neurons.
+    `name` is the path by which they are cut. Heads are key/value heads with their queries;
+    `queries` are query heads.
     """
 
     name: str
@@ -77,7 +78,7 @@ def inspect(source: str | Path, sequence: int = 128) -> Inspection:
     sequence = min(sequence, getattr(model.config, "max_position_embeddings", None) or sequence)
     try:
         multiply_adds = _multiply_adds(model, parts, sequence)
-    except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         # Its inputs cannot be made up, or its forward asks for values that no shape tells.
         uncounted = str(error).strip().splitlines()[0]
     return Inspection(
@@ -115,15 +116,16 @@ def head_scores(recipe: Recipe, *, track: Track = silent) -> dict[str, list[floa
         groups = [g for g in structure.groups(model) if g.kind == "heads" and g.kept]
         examples, size = work.examples("calibration"), steps.CALIBRATION_BATCH
         windows = sum(len(example.windows) for example in examples)
-        scores = pruning.score(
+        known = pruning.gather(
             model,
             groups,
             criterion,
             lambda: calibration.batches(examples, work.padding, size),
+            seed=recipe.seed,
             total=-(-windows // size),
             track=track,
         )
-    return {path: of_group.tolist() for path, of_group in scores.items()}
+    return {path: CRITERIA[criterion](evidence).tolist() for path, evidence in known.items()}
 
 
 def draw(scores: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -222,14 +224,8 @@ def _nearest(name: str, names: Mapping[str, object]) -> str | None:
 
 def _layers(groups: list[structure.Group]) -> list[Layer]:
     rows: dict[str, dict[str, tuple[int, int]]] = {}
-    last = ""
     for group in groups:
-        count = len(group.kept), group.of
-        if group.kind == "heads":
-            last = group.path
-            rows[last] = {"heads": count}
-        elif group.kind == "queries" or last:
-            rows[last][group.kind] = count
+        rows.setdefault(group.path, {})[group.kind] = len(group.kept), group.of
     return [
         Layer(name, found.get("heads"), found.get("queries"), found.get("neurons"))
         for name, found in rows.items()

@@ -39,7 +39,7 @@ def configure(model: PreTrainedModel) -> None:
         with torch.device("meta"):
             wanted = {n: tuple(t.shape) for n, t in stock(trial).state_dict().items()}
     except (ValueError, TypeError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
         raise ValueError(f"uniform: {_cannot(model)}: {reason}") from error
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if wanted != found:

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
 from pipeline import calibration, compensation, selfcheck, structure, surgery
-from pipeline.criteria import CRITERIA, GRADIENT, Evidence
+from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS, SWAPS, Evidence
 from pipeline.structure import Group, Kind, Units
 from pipeline.surgery import Cuts
+
+Repair = Literal["least-squares", "bias", "none"]
 
 
 def units(model: PreTrainedModel) -> Units:
@@ -113,9 +115,10 @@ def choose_and_cut(
     fractions: Mapping[Kind, float],
     *,
     criterion: str,
-    repair: Literal["least-squares", "none"],
+    repair: Repair,
     uniform: bool = False,
     multiple: int = 1,
+    seed: int = 0,
     data: Callable[[], Iterable[calibration.Batch]],
     total: int,
     track: Track = silent,
@@ -126,25 +129,34 @@ def choose_and_cut(
         model: changed in place.
         fractions: of each kind, the share of all its units that goes.
         criterion: a key of `criteria.CRITERIA`.
-        repair: what is done about the layers that read the removed units.
+        repair: what is done about the matrices that read the removed units: `least-squares` solves
+            for all of their weights, `bias` adds the mean of what is gone to their bias.
         uniform: cut the same share of every layer's units.
         multiple: the number of neurons left in a layer is rounded to a multiple of it.
+        seed: of the criterion `random`.
         data: gives the calibration batches, anew each time; `total` of them.
         total: number of batches.
         track: shows progress.
+
+    Raises:
+        ValueError: the model cannot be cut, or a reader has no bias that could be repaired.
     """
     selfcheck.ensure(model)
     groups = [g for g in structure.groups(model) if g.kept and fractions.get(g.kind)]
-    readers = {group.path: group.reader for group in groups}
-    scores = score(model, groups, criterion, data, total=total, track=track)
+    refuse_repair(groups, repair)
+    seen: Mapping[str, calibration.Moments] = {}
+    if repair != "none" or criterion in MOMENTS:
+        readers = {group.path: group.reader for group in groups}
+        seen = calibration.moments(model, readers, data(), total=total, track=track)
+    known = gather(model, groups, criterion, data, seen=seen, seed=seed, total=total, track=track)
+    scores = {path: CRITERIA[criterion](evidence) for path, evidence in known.items()}
     lowest: dict[str, Tensor] = {}
     for kind, fraction in fractions.items():
         of_kind = {group.path: scores[group.path] for group in groups if group.kind == kind}
         rounded = multiple if kind == "neurons" else 1
         lowest |= choose(of_kind, fraction, uniform=uniform, multiple=rounded)
-    seen: Mapping[str, calibration.Moments] = {}
-    if repair == "least-squares":
-        seen = calibration.moments(model, readers, data(), total=total, track=track)
+    if criterion in SWAPS:
+        lowest = {path: SWAPS[criterion](known[path], gone) for path, gone in lowest.items()}
 
     removed, repairs = {}, {}
     for group in track(groups, "cutting", len(groups)):
@@ -153,8 +165,8 @@ def choose_and_cut(
             continue
         places = torch.tensor([at for at in range(len(group.kept)) if at not in gone])
         mended = None
-        if seen:
-            mended = _repair(group, seen[group.path], places)
+        if repair != "none":
+            mended = _repair(group, seen[group.path], places, repair)
             repairs[group.path] = (mended.error_before, mended.error_after)
         removed[group.path] = [group.kept[at] for at in sorted(gone)]
         surgery.keep(model, group, [group.kept[at] for at in places])
@@ -163,28 +175,50 @@ def choose_and_cut(
     return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
 
 
-def score(
+def refuse_repair(groups: Iterable[Group], repair: Repair) -> None:
+    """Raise ValueError if a reader has no bias, and the repair is that of the bias."""
+    for group in groups:
+        if repair == "bias" and structure.bias(group.reader) is None:
+            raise ValueError(
+                f"repair: found no bias in {group.path}, expected one; use least-squares or none"
+            )
+
+
+def gather(
     model: PreTrainedModel,
     groups: Sequence[Group],
     criterion: str,
     data: Callable[[], Iterable[calibration.Batch]],
     *,
+    seen: Mapping[str, calibration.Moments] | None = None,
+    seed: int = 0,
     total: int,
     track: Track = silent,
-) -> dict[str, Tensor]:
-    """Return the score of every unit of the groups, by path `(U,)`; `data` as for `choose_and_cut`.
+) -> dict[str, Evidence]:
+    """Return what a criterion needs to know of the groups, by path; as for `choose_and_cut`.
 
-    The groups have to be of different paths: heads and query heads of an attention are not.
+    The groups have to be of different paths: heads and query heads of an attention are not. `seen`
+    are their readers' second moments, if they are known already.
     """
+    readers = {group.path: group.reader for group in groups}
     gradients: Mapping[str, Tensor] = {}
     if criterion in GRADIENT:
-        readers = {group.path: group.reader for group in groups}
         counts = {group.path: len(group.kept) for group in groups}
         gradients = calibration.mask_gradients(
             model, readers, counts, data(), total=total, track=track
         )
+    if criterion in MOMENTS and not seen:
+        seen = calibration.moments(model, readers, data(), total=total, track=track)
+    moments = {path: both.fit for path, both in (seen or {}).items()}
+    generator = torch.Generator().manual_seed(seed)
     return {
-        group.path: CRITERIA[criterion](Evidence(_weights(group), gradients.get(group.path)))
+        group.path: Evidence(
+            _weights(group),
+            gradients.get(group.path),
+            _reader(group),
+            moments.get(group.path),
+            generator,
+        )
         for group in groups
     }
 
@@ -234,14 +268,23 @@ def _weights(group: Group) -> Tensor:
     return torch.cat(parts, dim=1).detach()
 
 
-def _repair(group: Group, seen: calibration.Moments, places: Tensor) -> compensation.Repair:
-    weight = structure.matrix(group.reader).detach()
-    bias = structure.bias(group.reader)
+def _reader(group: Group) -> Tensor:
+    """Return the matrix that reads the units, with its bias as the last column if it has one."""
+    weight, bias = structure.matrix(group.reader).detach(), structure.bias(group.reader)
+    return weight if bias is None else torch.cat([weight, bias.detach()[:, None]], dim=1)
+
+
+def _repair(
+    group: Group, seen: calibration.Moments, places: Tensor, repair: Repair
+) -> compensation.Repair:
+    weight = _reader(group)
     kept = torch.isin(surgery.owners(group), places).nonzero().flatten()
-    if bias is not None:
-        weight = torch.cat([weight, bias.detach()[:, None]], dim=1)
-        kept = torch.cat([kept, torch.tensor([weight.shape[1] - 1])])
-    return compensation.repair(weight, seen, kept)
+    size = weight.shape[1]
+    if structure.bias(group.reader) is not None:
+        kept = torch.cat([kept, torch.tensor([size - 1])])
+    within = calibration.Moments(seen.fit[:size, :size], seen.held_out[:size, :size])
+    solve = compensation.shift if repair == "bias" else compensation.repair
+    return solve(weight, within, kept)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ data is checked later, in work.py; an order of steps that cannot work is refused
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
 from exporters import formats
-from pipeline.criteria import CRITERIA, GRADIENT
+from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
 from pipeline.quantization import METHODS
 
 ORIGINAL: Final = "original"
@@ -139,7 +139,7 @@ class Prune(Strict):
     neurons: Fraction = 0.0
     """The share of all FFN neurons that goes."""
     criterion: Annotated[str, one_of(CRITERIA)] = "importance"
-    repair: Literal["least-squares", "none"] = "least-squares"
+    repair: Literal["least-squares", "bias", "none"] = "least-squares"
     uniform: bool = False
     """Cut alike in every layer, and write a folder that stock transformers loads."""
     multiple: Annotated[int, Field(ge=1)] = 1
@@ -148,12 +148,12 @@ class Prune(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether the step needs calibration data."""
-        return self.criterion in GRADIENT or self.repair != "none"
+        return self.criterion in GRADIENT | MOMENTS or self.repair != "none"
 
     @model_validator(mode="after")
     def _cuts(self) -> Self:
         if not self.heads and not self.neurons:
-            raise ValueError("found neither `heads` nor `neurons`, expected a fraction for one")
+            raise ValueError("found no share of `heads` or `neurons`, expected one above 0")
         return self
 
 
@@ -194,7 +194,12 @@ class Export(Strict):
     format: Annotated[str, one_of(formats())] = "onnx"
 
 
-STEPS: Final = ("prune", "finetune", "quantize", "export")
+STEPS: Final[Mapping[str, type[BaseModel]]] = {
+    "prune": Prune,
+    "finetune": Finetune,
+    "quantize": Quantize,
+    "export": Export,
+}
 Step = Annotated[Prune | Finetune | Quantize | Export, Field(discriminator="step")]
 
 
@@ -329,12 +334,12 @@ def explain(path: Path, error: ValidationError) -> str:
         if mistake["type"] == "too_short" and mistake["input"]:
             continue  # a list is said to be short when its items are wrong
         # The tag of a step says the same as its place: steps.0.prune.heads -> steps.0.heads
-        parts = [str(part) for part in mistake["loc"]]
+        parts, step = [str(part) for part in mistake["loc"]], ""
         if len(parts) > 2 and parts[0] == "steps":  # noqa: PLR2004
-            del parts[2]
+            step = parts.pop(2)
         where = ".".join(parts)
         if mistake["type"] == "extra_forbidden":
-            text = f"unknown key{_suggest(parts)}"
+            text = f"unknown key{_suggest(parts, step)}"
         else:
             text = _plain(mistake)
         lines.extend(f"  {where}: {line}" if where else f"  {line}" for line in text.splitlines())
@@ -345,7 +350,7 @@ def explain(path: Path, error: ValidationError) -> str:
 def _plain(mistake: Any) -> str:
     text = str(mistake["msg"]).removeprefix("Value error, ")
     if mistake["type"] == "union_tag_invalid":
-        return f"step: {unknown(str(mistake['ctx']['tag']), STEPS)}"
+        return f"step: {unknown(str(mistake['ctx']['tag']), list(STEPS))}"
     if mistake["type"] == "union_tag_not_found":
         return f"step: found none, expected one of {list(STEPS)}"
     if mistake["type"] in {"value_error", "missing"}:
@@ -353,14 +358,14 @@ def _plain(mistake: Any) -> str:
     return f"{text}, found {mistake['input']!r}"
 
 
-def _suggest(parts: list[str]) -> str:
+def _suggest(parts: list[str], step: str) -> str:
     """Return the known key closest to an unknown one."""
     kinds: dict[str, list[type[BaseModel]]] = {
         "": [Recipe],
         "model": [Model],
         "task": [TaskSettings, Splits],
         "target": [Target, Load],
-        "steps": [Prune, Finetune, Quantize, Export],
+        "steps": [STEPS[step]] if step else [],
         "budget": [Budget],
     }
     parent = parts[0] if len(parts) > 1 else ""

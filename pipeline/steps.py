@@ -104,10 +104,17 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
             repair=step.repair,
             uniform=step.uniform,
             multiple=step.multiple,
+            seed=work.recipe.seed,
             data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
             total=-(-windows // CALIBRATION_BATCH),
             track=work.track,
         )
+        if not any(choice.removed.values()):
+            raise ModelError(
+                f"prune: found nothing to cut with heads: {step.heads:g},"
+                f" neurons: {step.neurons:g}, multiple: {step.multiple}, expected a share that"
+                " takes a unit; every layer keeps one"
+            )
         heads = pruning.units(model).heads
         details = {
             what: {path: found for path, found in of_each.items() if path in heads}
@@ -122,6 +129,7 @@ def prune(work: Work, step: Prune, before: Artifact) -> Entry:
         "step": step.model_dump(mode="json"),
         "input": before.entry.digest,
         "data": work.evidence("calibration") if step.calibrated else None,
+        "seed": work.recipe.seed if step.criterion == "random" else None,
     }
     return work.make("prune", key, make)
 

@@ -6,6 +6,7 @@ zero. Units are named by their numbers in the unpruned model, however often it i
 of the matrices that change, one at a time.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -120,29 +121,49 @@ def cut(model: PreTrainedModel, kind: Kind, cuts: Cuts) -> None:
         ValueError: no such layer, path or unit, or query heads are not cut evenly; nothing is cut.
     """
     found = {group.path: group for group in structure.groups(model) if group.kind == kind}
-    by_layer: dict[int, list[str]] = {}
-    for path, group in found.items():
-        by_layer.setdefault(group.layer, []).append(path)
     planned: dict[str, set[int]] = {}
     for key, numbers in cuts.items():
-        paths = by_layer.get(key, []) if isinstance(key, int) else [key]
-        if len(paths) > 1:
-            raise ValueError(f"{kind}: found layer {key}, expected one of {paths}")
-        if not paths or paths[0] not in found:
-            expected = sorted(by_layer) if isinstance(key, int) else list(found)
-            raise ValueError(f"{kind}: found {key!r}, expected one of {expected}")
-        planned.setdefault(paths[0], set()).update(numbers)
+        path = _path(key, kind, found)
+        planned.setdefault(path, set()).update(_whole(number, kind) for number in numbers)
     for path, removed in planned.items():
         group = found[path]
         if unknown := removed - set(range(group.of)):
             raise ValueError(
-                f"{path}: found {kind} {sorted(unknown)}, expected numbers below {group.of}"
+                f"{path}: found {kind} {sorted(unknown)}, expected numbers from 0 to {group.of - 1}"
             )
         if kind == "queries":
             _check_even(group, removed)
     for path, removed in planned.items():
         if removed.intersection(found[path].kept):
             keep(model, found[path], [unit for unit in found[path].kept if unit not in removed])
+
+
+def _path(key: int | str, kind: Kind, found: Mapping[str, Group]) -> str:
+    """Return the path of a group that is given by its layer's number, or by its path."""
+    if not found:
+        none = "no grouped-query attention" if kind == "queries" else f"no {kind}"
+        raise ValueError(f"{kind}: found {none}, expected some to cut")
+    if isinstance(key, str):
+        if key not in found:
+            raise ValueError(f"{kind}: found {key!r}, expected one of {list(found)}")
+        return key
+    paths = [path for path, group in found.items() if group.layer == key]
+    if not paths:
+        layers = sorted({group.layer for group in found.values()})
+        raise ValueError(f"{kind}: found {key!r}, expected one of {layers}")
+    if len(paths) > 1:
+        raise ValueError(
+            f"{kind}: found layer {key}, which has several, expected one of the paths {paths}"
+        )
+    return paths[0]
+
+
+def _whole(number: Any, kind: Kind) -> int:
+    """Return the int that a number of Python, NumPy or torch is."""
+    try:
+        return operator.index(number)
+    except TypeError as error:
+        raise ValueError(f"{kind}: found {number!r}, expected whole numbers") from error
 
 
 def _check_even(group: Group, removed: set[int]) -> None:

@@ -21,7 +21,7 @@ from benchmarks.data import Row
 from benchmarks.data import load as load_data
 from benchmarks.machine import Unavailable
 from benchmarks.tasks import TASKS, Example, label_names, padding
-from pipeline import checkpoint, native, selfcheck, sources, structure
+from pipeline import checkpoint, native, pruning, selfcheck, sources, structure
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import ModelError
 from pipeline.recipe import Prune, Recipe
@@ -176,25 +176,27 @@ class Work:
 
     def _check_family(self) -> None:
         prunes = [step for step in self.recipe.steps if isinstance(step, Prune)]
-        known = self.config.model_type in ARCHITECTURES
-        if not prunes or (known and not any(step.uniform for step in prunes)):
+        known = not prunes or self.config.model_type in ARCHITECTURES
+        if known and not any(step.uniform or step.repair == "bias" for step in prunes):
             return
         source, auto_class, revision = self.source, self.task.auto_class, self.recipe.model.revision
+        hint = "without a prune step it can be trained, quantized and exported"
         try:
             selfcheck.ensure(checkpoint.without_weights(source, auto_class, revision))
             for step in prunes:
+                model = checkpoint.without_weights(source, auto_class, revision)
+                fractions: dict[structure.Kind, float]
+                fractions = {"heads": step.heads, "neurons": step.neurons}
+                groups = [g for g in structure.groups(model) if g.kept and fractions.get(g.kind)]
+                hint = "a bias cannot be added to this family"
+                pruning.refuse_repair(groups, step.repair)
+                hint = "leave `uniform` out, cut neurons alone, or choose another share"
                 if step.uniform:
-                    model = checkpoint.without_weights(source, auto_class, revision)
-                    native.rehearse(
-                        model, {"heads": step.heads, "neurons": step.neurons}, step.multiple
-                    )
+                    native.rehearse(model, fractions, step.multiple)
         except ModelError:
             raise
         except ValueError as error:
-            raise ModelError(
-                f"{self.recipe.model.source}: {error}; without a prune step it can be trained,"
-                " quantized and exported"
-            ) from error
+            raise ModelError(f"{self.recipe.model.source}: {error}; {hint}") from error
 
     def _check_lengths(self) -> None:
         longest = getattr(self.config, "max_position_embeddings", None)
@@ -221,7 +223,7 @@ def _code() -> str:
     files = [
         path
         for package in ("pipeline", "exporters", "benchmarks")
-        for path in sorted((root / package).glob("*.py"))
+        for path in sorted((root / package).rglob("*.py"))
         if path.name not in _WITHOUT_EFFECT
     ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

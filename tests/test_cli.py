@@ -13,6 +13,7 @@ from conftest import (
     edit_weights,
     other_task,
     secateur,
+    sentences,
     write_recipe,
 )
 from transformers import (
@@ -182,6 +183,29 @@ def test_a_uniform_cut_that_cannot_be_written_is_refused_before_the_first_step(t
     recipe["steps"] = [{"step": "prune", "heads": 0.25, "uniform": True}]
     with pytest.raises(ModelError, match="the configuration of bert cannot say what was cut"):
         run(Recipe.model_validate(recipe), tmp_path / "out")
+
+
+REFUSED_CUTS = {
+    "a bias that is not there": (
+        "causal-lm", "llama", {"heads": 0.25, "repair": "bias"}, "repair: found no bias in model",
+    ),
+    "nothing": (
+        "text-classification", "bert", {"neurons": 0.25, "multiple": 5000}, "found nothing to cut",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_CUTS)
+def test_a_cut_that_cannot_be_done_is_refused(tmp_path, name):
+    kind, family, cut, message = REFUSED_CUTS[name]
+    recipe = other_task(tmp_path, kind, family)
+    rows = [{"text": text, "label": label} for text, label in sentences(120)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe["steps"] = [{"step": "prune", **cut}]
+    recipe["budget"] = {"max_size": 2.0}
+    with pytest.raises(ModelError, match=message):
+        run(Recipe.model_validate(recipe), tmp_path / "out")
+    assert not (tmp_path / "out" / "artifact").exists()
 
 
 def test_outputs_that_are_not_numbers_are_exit_5(tmp_path):

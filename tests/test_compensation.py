@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.calibration import Moments
-from pipeline.compensation import error, repair, solve
+from pipeline.compensation import error, repair, shift, solve
 
 
 def problem(seed: int, inputs: int = 12, samples: int = 300) -> tuple[torch.Tensor, ...]:
@@ -74,3 +74,16 @@ def test_dead_columns_do_not_break_it():
     x[:, kept[0]] = 0
     x[:, kept[1]] = x[:, kept[2]]
     assert torch.isfinite(solve(weight, x.T @ x, kept, 0.0)).all()
+
+
+def test_a_shift_gives_the_bias_what_the_removed_columns_gave_on_average():
+    x, weight, kept = problem(6)
+    x += 3
+    x[:, -1] = 1  # the bias
+    kept = torch.cat([kept[kept != 11], torch.tensor([11])])
+    gram = x.T @ x
+    found = shift(weight, Moments(gram, gram), kept)
+    torch.testing.assert_close((x[:, kept] @ found.weight.T).mean(0), (x @ weight.T).mean(0))
+    assert torch.equal(found.weight[:, :-1], weight[:, kept][:, :-1])
+    assert found.error_after == pytest.approx(error(weight, gram, kept, found.weight))
+    assert found.error_after < found.error_before

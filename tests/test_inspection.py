@@ -43,7 +43,10 @@ def test_multiply_adds_are_those_counted_by_hand(tmp_path):
     assert found.multiply_adds["ffn"] == 3 * 2 * tokens * 32 * 48
     # The pooler and the classifier see one token.
     assert found.multiply_adds["head and rest"] == 32 * 32 + 32 * 2
-    assert [layer.heads for layer in found.layers] == [(3, 4), (0, 4), (4, 4)]
+    assert [x.heads for x in found.layers if x.heads] == [(3, 4), (0, 4), (4, 4)]
+    left = units(model)
+    assert {x.name for x in found.layers if x.neurons} == {*left.neurons}
+    assert {x.name for x in found.layers if x.heads} == {*left.heads}
 
 
 def test_the_command_shows_what_is_left(tmp_path, capsys):
@@ -54,7 +57,7 @@ def test_the_command_shows_what_is_left(tmp_path, capsys):
         main(["inspect", str(tmp_path)])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert re.search(r"model\.layers\.1\.self_attn +3 of 4 +6 of 8 +48", shown)
+    assert re.search(r"model\.layers\.1\.self_attn +3 of 4 +6 of 8", shown)
     assert f"{sum(p.numel() for p in model.parameters()):,}" in shown
 
 
@@ -105,3 +108,12 @@ def test_scores_of_heads_are_drawn(shared, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["inspect", str(shared / "models/minilm-sst2"), "--scores", "x.svg"])
     assert ended.value.code == 2
+
+
+def test_a_file_in_no_folder_is_refused_before_the_work(tmp_path, capsys):
+    save_pretrained(tiny("llama"), tmp_path)
+    target = tmp_path / "nowhere" / "config.json"
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(tmp_path), "--per-layer-config", str(target)])
+    assert ended.value.code == 2
+    assert f"--per-layer-config: found no folder {target.parent}" in capsys.readouterr().err

@@ -10,10 +10,12 @@ from pipeline import (
     prune_heads,
     prune_layers,
     prune_neurons,
+    prune_queries,
     save_pretrained,
     structure,
     units,
 )
+from pipeline.criteria import CRITERIA
 from pipeline.pruning import choose, choose_and_cut
 
 HEADS = {0: [1], 1: [0, 2], 2: [0, 1, 3]}
@@ -137,7 +139,7 @@ def test_generation_with_a_cache_equals_without():
     [
         ({7: [0]}, r"heads: found 7, expected one of \[0, 1, 2\]"),
         ({"encoder": [0]}, "heads: found 'encoder', expected one of"),
-        ({0: [9]}, r"attention: found heads \[9\], expected numbers below 4"),
+        ({0: [9]}, r"attention: found heads \[9\], expected numbers from 0 to 3"),
         ({"bert.encoder.layer.2": [0]}, r"heads: found 'bert\.encoder\.layer\.2'"),
     ],
 )
@@ -176,9 +178,11 @@ def test_choose_rounds_what_is_left_and_cuts_alike_if_asked():
     assert choose(scores, 0.3, uniform=True)["b"].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("repair", ["none", "least-squares"])
-@pytest.mark.parametrize("criterion", ["magnitude", "importance"])
+@pytest.mark.parametrize("repair", ["none", "bias", "least-squares"])
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
 def test_a_head_that_gives_nothing_goes_first(family, criterion, repair):
+    if (family, repair) == ("llama", "bias"):
+        pytest.skip("its matrices have no bias")
     model = tiny(family)
     dead = {0: [2], 1: [0]}
     for group in structure.groups(model):
@@ -204,3 +208,74 @@ def test_a_head_that_gives_nothing_goes_first(family, criterion, repair):
     removed = {path: numbers for path, numbers in choice.removed.items() if numbers}
     assert list(removed.values()) == [[2], [0]]
     torch.testing.assert_close(logits(model), before, atol=1e-3, rtol=1e-3)
+
+
+def cut_one_head(model, criterion, repair):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 99, (20, 4, 17), generator=generator)
+    return choose_and_cut(
+        model,
+        {"heads": 1 / 12},
+        criterion=criterion,
+        repair=repair,
+        data=lambda: ({"input_ids": each} for each in tokens),
+        total=20,
+    )
+
+
+def test_one_of_two_equal_heads_is_free_when_repaired():
+    model = tiny("bert")
+    first = next(group for group in structure.groups(model) if group.kind == "heads")
+    for linear, owners in first.writers:
+        for tensor in linear.parameters():
+            tensor.data[owners == 1] = tensor.data[owners == 3]
+    before = logits(model)
+    choice = cut_one_head(model, "reconstruction", "least-squares")
+    removed = [numbers for numbers in choice.removed.values() if numbers]
+    assert removed in ([[1]], [[3]])
+    error_before, error_after = choice.repairs[first.path]
+    assert error_after < 1e-3 * error_before
+    torch.testing.assert_close(logits(model), before, atol=1e-2, rtol=1e-2)
+
+
+def test_a_bias_that_is_not_there_cannot_be_repaired():
+    model = tiny("llama")
+    before = model.num_parameters()
+    with pytest.raises(ValueError, match=r"repair: found no bias in model\.layers\.0\.self_attn"):
+        cut_one_head(model, "magnitude", "bias")
+    assert model.num_parameters() == before
+
+
+def test_chance_follows_the_seed():
+    found = []
+    for seed in (0, 0, 1):
+        model = tiny("bert")
+        choice = choose_and_cut(
+            model,
+            {"neurons": 0.5},
+            criterion="random",
+            repair="none",
+            seed=seed,
+            data=lambda: iter([]),
+            total=0,
+        )
+        found.append(choice.removed)
+    assert found[0] == found[1] != found[2]
+
+
+def test_numbers_may_be_those_of_torch_and_have_to_be_whole():
+    model = tiny("bert")
+    prune_heads(model, {0: torch.tensor([2, 1])})
+    assert next(iter(units(model).heads.values())) == 2
+    with pytest.raises(ValueError, match=r"heads: found 1\.5, expected whole numbers"):
+        prune_heads(model, {1: [1.5]})
+    with pytest.raises(ValueError, match="queries: found no grouped-query attention"):
+        prune_queries(model, {1: [1]})
+    with pytest.raises(ValueError, match="heads: found layer 0, which has several, expected one"):
+        prune_heads(tiny("t5"), {0: [1]})
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "model").write_text("")
+    with pytest.raises(NotADirectoryError, match="found a file, expected a folder"):
+        save_pretrained(tiny("bert"), tmp_path / "model")
