@@ -161,7 +161,7 @@ def test_a_layer_of_two_stacks_is_named_with_its_stack():
         ValueError, match=r"expected encoder\.layers\.0 to encoder\.layers\.1 or de"
     ):
         prune_layers(model, [1])
-    with pytest.raises(ValueError, match="heads: found layer 1, expected one of"):
+    with pytest.raises(ValueError, match="heads: found layer 1, which has several, expected one"):
         prune_heads(model, {1: [0]})
     prune_layers(model, ["decoder.layers.0"])
     prune_heads(model, {"model.decoder.layers.0.encoder_attn": [0]})

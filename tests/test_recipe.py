@@ -90,7 +90,10 @@ def test_repeated_steps_are_numbered(tmp_path):
             changed("steps", 0, "heads", 1.0),
             r"steps\.0\.heads: Input should be less than 1, found 1",
         ),
-        (changed("steps", 0, {"step": "prune"}), r"steps\.0: found no share of `heads` or `neurons`"),
+        (
+            changed("steps", 0, {"step": "prune"}),
+            r"steps\.0: found no share of `heads` or `neurons`",
+        ),
         (
             changed("steps", 1, "teacher", "orginal"),
             r"steps\.1\.teacher: found 'orginal'.*did you mean 'original'",
