@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import peak_rss_bytes
+
 ROUNDS = 2
 SIZES: dict[str, Any] = {
     "hidden_size": 2048,
@@ -46,7 +48,7 @@ def work(source: Path, target: Path, what: str) -> None:
     """Load, cut if asked to, save; print what it took as JSON."""
     from pipeline import from_pretrained, prune_heads, prune_neurons, save_pretrained, units
 
-    floor = peak_bytes()
+    floor = peak_rss_bytes()
     began = time.perf_counter()
     model = from_pretrained(source)
     loaded = time.perf_counter()
@@ -58,13 +60,7 @@ def work(source: Path, target: Path, what: str) -> None:
     save_pretrained(model, target)
     saved = time.perf_counter()
     seconds = {"load": loaded - began, "cut": cut - loaded, "save": saved - cut}
-    print(json.dumps({"seconds": seconds, "floor": floor, "peak": peak_bytes()}))  # noqa: T201
-
-
-def peak_bytes() -> int:
-    """Return the peak of this process's resident memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    print(json.dumps({"seconds": seconds, "floor": floor, "peak": peak_rss_bytes()}))  # noqa: T201
 
 
 def main() -> None:

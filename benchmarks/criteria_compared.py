@@ -18,10 +18,9 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from pipeline import from_pretrained
+from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA
 from pipeline.pruning import choose_and_cut
-
-REPAIRS = ("none", "bias", "least-squares")
 
 
 def batches(rows: Dataset, tokenizer: object, size: int = 16) -> Iterator[dict[str, torch.Tensor]]:
@@ -54,16 +53,16 @@ def main() -> None:
         right = [(model(**b).logits.argmax(-1) == b["labels"]).float() for b in judged]
         return float(torch.cat(right).mean())
 
-    table = Table("criterion", *REPAIRS, title=f"before: {accuracy(dense):.4f}")
+    table = Table("criterion", "none", *REPAIRS, title=f"before: {accuracy(dense):.4f}")
     for criterion in CRITERIA:
         cells = []
-        for repair in REPAIRS:
+        for repair in ("none", *REPAIRS):
             model = copy.deepcopy(dense)
             choose_and_cut(
                 model,
                 {"heads": options.heads, "neurons": options.neurons},
                 criterion=criterion,
-                repair=repair,  # type: ignore[arg-type]
+                repair=repair,
                 seed=options.seed,
                 data=lambda: iter(calibration),
                 total=len(calibration),

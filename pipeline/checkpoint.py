@@ -77,14 +77,14 @@ def load(
     except ValueError as error:
         if isinstance(error, ModelError):
             raise
-        raise ModelError(f"{source}: {_first_line(error)}") from error
+        raise ModelError(f"{source}: {first_line(error)}") from error
     except (OSError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{source}: cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{source}: cannot be loaded: {first_line(error)}") from error
     except Exception as error:
         # safetensors' own error, which derives from Exception alone.
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ModelError(f"{source}: damaged weights: {_first_line(error)}") from error
+        raise ModelError(f"{source}: damaged weights: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     unexpected = sorted(info["unexpected_keys"])
@@ -118,7 +118,7 @@ def without_weights(
         with torch.device("meta"):
             return kind(config).eval()
     except ValueError as error:
-        raise ModelError(f"{source}: {_first_line(error)}") from error
+        raise ModelError(f"{source}: {first_line(error)}") from error
 
 
 def read_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
@@ -137,10 +137,10 @@ def read_config(source: str | Path, revision: str | None = None) -> PretrainedCo
         return AutoConfig.from_pretrained(source, revision=revision or "main")
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if path.is_dir():
-            raise ModelError(f"{source}/config.json: {_first_line(error)}") from error
+            raise ModelError(f"{source}/config.json: {first_line(error)}") from error
         raise ModelError(
             f"{source}: found neither as a folder here nor on the hub or in its local cache"
-            f" ({_first_line(error)})"
+            f" ({first_line(error)})"
         ) from error
 
 
@@ -218,6 +218,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + rest
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, or its kind if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

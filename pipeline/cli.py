@@ -247,12 +247,12 @@ def _inspect(options: argparse.Namespace) -> int:
 def _per_layer_config(source: str) -> str:
     import json
 
-    from pipeline import checkpoint, native, selfcheck
+    from pipeline import checkpoint, per_layer, selfcheck
 
     model = checkpoint.without_weights(source)
     try:
         selfcheck.ensure(model)
-        return json.dumps(native.per_layer_config(model), indent=2) + "\n"
+        return json.dumps(per_layer.per_layer_config(model), indent=2) + "\n"
     except ValueError as error:
         raise checkpoint.ModelError(f"--per-layer-config: {error}") from error
 

@@ -14,6 +14,7 @@ Cost: one Cholesky factorisation of K x K a candidate ridge, O(K^3 + O K^2).
 O outputs, I inputs (with the column of ones, if any), K kept, P removed.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -99,3 +100,9 @@ def _others(kept: Tensor, size: int) -> Tensor:
     mask = torch.ones(size, dtype=torch.bool)
     mask[kept] = False
     return mask.nonzero()[:, 0]
+
+
+REPAIRS: Final[Mapping[str, Callable[[Tensor, Moments, Tensor], Repair]]] = {
+    "bias": shift,
+    "least-squares": repair,
+}

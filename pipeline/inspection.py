@@ -80,7 +80,7 @@ def inspect(source: str | Path, sequence: int = 128) -> Inspection:
         multiply_adds = _multiply_adds(model, parts, sequence)
     except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         # Its inputs cannot be made up, or its forward asks for values that no shape tells.
-        uncounted = str(error).strip().splitlines()[0]
+        uncounted = checkpoint.first_line(error)
     return Inspection(
         kind=type(model).__name__,
         family=model.config.model_type,
@@ -125,7 +125,7 @@ def head_scores(recipe: Recipe, *, track: Track = silent) -> dict[str, list[floa
             total=-(-windows // size),
             track=track,
         )
-    return {path: CRITERIA[criterion](evidence).tolist() for path, evidence in known.items()}
+        return {group.path: CRITERIA[criterion](known(group)).tolist() for group in groups}
 
 
 def draw(scores: Mapping[str, Sequence[float]], path: Path) -> None:

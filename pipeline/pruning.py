@@ -5,7 +5,6 @@ U units, w inputs of a unit.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,6 @@ from pipeline import calibration, compensation, selfcheck, structure, surgery
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS, SWAPS, Evidence
 from pipeline.structure import Group, Kind, Units
 from pipeline.surgery import Cuts
-
-Repair = Literal["least-squares", "bias", "none"]
 
 
 def units(model: PreTrainedModel) -> Units:
@@ -115,7 +112,7 @@ def choose_and_cut(
     fractions: Mapping[Kind, float],
     *,
     criterion: str,
-    repair: Repair,
+    repair: str,
     uniform: bool = False,
     multiple: int = 1,
     seed: int = 0,
@@ -129,8 +126,8 @@ def choose_and_cut(
         model: changed in place.
         fractions: of each kind, the share of all its units that goes.
         criterion: a key of `criteria.CRITERIA`.
-        repair: what is done about the matrices that read the removed units: `least-squares` solves
-            for all of their weights, `bias` adds the mean of what is gone to their bias.
+        repair: what is done about the matrices that read the removed units: a key of
+            `compensation.REPAIRS`, or `none`.
         uniform: cut the same share of every layer's units.
         multiple: the number of neurons left in a layer is rounded to a multiple of it.
         seed: of the criterion `random`.
@@ -149,14 +146,14 @@ def choose_and_cut(
         readers = {group.path: group.reader for group in groups}
         seen = calibration.moments(model, readers, data(), total=total, track=track)
     known = gather(model, groups, criterion, data, seen=seen, seed=seed, total=total, track=track)
-    scores = {path: CRITERIA[criterion](evidence) for path, evidence in known.items()}
+    scores = {group.path: CRITERIA[criterion](known(group)) for group in groups}
     lowest: dict[str, Tensor] = {}
     for kind, fraction in fractions.items():
         of_kind = {group.path: scores[group.path] for group in groups if group.kind == kind}
         rounded = multiple if kind == "neurons" else 1
         lowest |= choose(of_kind, fraction, uniform=uniform, multiple=rounded)
     if criterion in SWAPS:
-        lowest = {path: SWAPS[criterion](known[path], gone) for path, gone in lowest.items()}
+        lowest = {g.path: SWAPS[criterion](known(g), lowest[g.path]) for g in groups}
 
     removed, repairs = {}, {}
     for group in track(groups, "cutting", len(groups)):
@@ -175,7 +172,7 @@ def choose_and_cut(
     return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
 
 
-def refuse_repair(groups: Iterable[Group], repair: Repair) -> None:
+def refuse_repair(groups: Iterable[Group], repair: str) -> None:
     """Raise ValueError if a reader has no bias, and the repair is that of the bias."""
     for group in groups:
         if repair == "bias" and structure.bias(group.reader) is None:
@@ -194,11 +191,13 @@ def gather(
     seed: int = 0,
     total: int,
     track: Track = silent,
-) -> dict[str, Evidence]:
-    """Return what a criterion needs to know of the groups, by path; as for `choose_and_cut`.
+) -> Callable[[Group], Evidence]:
+    """Return a function that tells what a criterion needs to know of a group.
 
+    All data are gone through at once, but weights are copied of the group that is asked for alone.
     The groups have to be of different paths: heads and query heads of an attention are not. `seen`
-    are their readers' second moments, if they are known already.
+    are their readers' second moments, if they are known already; the rest is as for
+    `choose_and_cut`.
     """
     readers = {group.path: group.reader for group in groups}
     gradients: Mapping[str, Tensor] = {}
@@ -211,16 +210,17 @@ def gather(
         seen = calibration.moments(model, readers, data(), total=total, track=track)
     moments = {path: both.fit for path, both in (seen or {}).items()}
     generator = torch.Generator().manual_seed(seed)
-    return {
-        group.path: Evidence(
+
+    def known(group: Group) -> Evidence:
+        return Evidence(
             _weights(group),
             gradients.get(group.path),
             _reader(group),
             moments.get(group.path),
             generator,
         )
-        for group in groups
-    }
+
+    return known
 
 
 def choose(
@@ -275,7 +275,7 @@ def _reader(group: Group) -> Tensor:
 
 
 def _repair(
-    group: Group, seen: calibration.Moments, places: Tensor, repair: Repair
+    group: Group, seen: calibration.Moments, places: Tensor, repair: str
 ) -> compensation.Repair:
     weight = _reader(group)
     kept = torch.isin(surgery.owners(group), places).nonzero().flatten()
@@ -283,8 +283,7 @@ def _repair(
     if structure.bias(group.reader) is not None:
         kept = torch.cat([kept, torch.tensor([size - 1])])
     within = calibration.Moments(seen.fit[:size, :size], seen.held_out[:size, :size])
-    solve = compensation.shift if repair == "bias" else compensation.repair
-    return solve(weight, within, kept)
+    return compensation.REPAIRS[repair](weight, within, kept)
 
 
 @torch.no_grad()

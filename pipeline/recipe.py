@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
 from exporters import formats
+from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
 from pipeline.quantization import METHODS
 
@@ -139,7 +140,7 @@ class Prune(Strict):
     neurons: Fraction = 0.0
     """The share of all FFN neurons that goes."""
     criterion: Annotated[str, one_of(CRITERIA)] = "importance"
-    repair: Literal["least-squares", "bias", "none"] = "least-squares"
+    repair: Annotated[str, one_of([*REPAIRS, "none"])] = "least-squares"
     uniform: bool = False
     """Cut alike in every layer, and write a folder that stock transformers loads."""
     multiple: Annotated[int, Field(ge=1)] = 1

@@ -15,13 +15,7 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.accuracy import once
 from benchmarks.tasks import Arrays, collate
 from exporters import onnx
-from pipeline import (
-    calibration,
-    checkpoint,
-    native,
-    pruning,
-    sources,
-)
+from pipeline import calibration, checkpoint, native, pruning, sources
 from pipeline.checkpoint import ModelError
 from pipeline.finetuning import Teacher
 from pipeline.finetuning import finetune as train

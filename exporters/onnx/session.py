@@ -15,12 +15,12 @@ MODEL: Final = Path("onnx", "model.onnx")
 """Where the graph lies in an artifact."""
 
 
+Arrays = Mapping[str, NDArray[Any]]
+
+
 def encoder_file(path: Path) -> Path:
     """Return where the encoder of the decoder at `path` lies."""
     return path.with_name("encoder_model.onnx")
-
-
-Arrays = Mapping[str, NDArray[Any]]
 
 
 def _imported() -> ModuleType | None:
