@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.tasks import Array, Arrays, Example, Judgement, Task, collate
-from benchmarks.worker import Worker
+from benchmarks.worker import InProcess, Worker
 
 BATCH: Final = 32
 """Windows a batch; the same for every artifact, since int8 ranges depend on what is beside."""
@@ -96,7 +96,7 @@ class Fidelity:
 
 
 def evaluate(
-    worker: Worker,
+    worker: Worker | InProcess,
     task: Task,
     examples: Sequence[Example],
     padding: dict[str, int],

@@ -160,6 +160,17 @@ class Worker:
         return WorkerError(f"{self._name}: the process ended with status {status}: {last}")
 
 
+class InProcess:
+    """A predictor of this process, used as a worker is where nothing is timed."""
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+
+    def predict(self, inputs: Arrays, *, reduction: str = "none") -> Arrays:
+        """Return the outputs for one batch, reduced as `REDUCTIONS` says."""
+        return REDUCTIONS[reduction](inputs, self._predictor(inputs))
+
+
 def next_token(inputs: Arrays, outputs: Arrays) -> Arrays:
     """Return the negative log-likelihood of each next token and the likeliest one `(B, T-1)`.
 

@@ -150,3 +150,79 @@ def moments(
         if not torch.isfinite(moment.fit).all():
             raise FloatingPointError(f"{name}: found NaN or infinity, expected numbers")
     return found
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Second moments of a reader's input and of the outputs that it should give, in float64.
+
+    `inputs` `(I+1, I+1)`: sums of x xT, x with a 1 behind it; `across` `(I+1, O)`: sums of x yT;
+    `outputs`: the sum of |y|^2.
+    """
+
+    inputs: Tensor
+    across: Tensor
+    outputs: float
+
+
+class _Enough(Exception):  # noqa: N818 - it is no error
+    """What comes after the reader need not run."""
+
+
+@torch.no_grad()
+def joint_moments(
+    student: PreTrainedModel, dense: PreTrainedModel, path: str, data: Iterable[Batch]
+) -> tuple[Joint, Joint]:
+    """Return the moments of the student's inputs of a reader and the dense model's outputs of it.
+
+    The first are to fit on, the second are held out. Each batch runs in both models up to the
+    reader, or to the end if it runs more than once.
+    """
+    pair = student.get_submodule(path), dense.get_submodule(path)
+    sums: list[list[Tensor]] = []
+    count, once = 0, False
+    for batch in data:
+        size = len(next(iter(batch.values())))
+        inputs, outputs = (_seen(model, reader, batch, once=once, output=at == 1)
+                           for at, (model, reader) in enumerate(zip((student, dense), pair, strict=True)))
+        once = len(inputs) == 1
+        held_out = torch.arange(count, count + size) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        count += size
+        for x, y in zip(inputs, outputs, strict=True):
+            parts = _parts(x, batch, held_out)
+            rows = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
+            found = []
+            for part in parts:
+                a, b = rows[part].double(), y[part].double()
+                a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+                found.append([a.T @ a, a.T @ b, b.square().sum()])
+            if not sums:
+                sums = found
+            else:
+                sums = [[m + n for m, n in zip(*both, strict=True)] for both in zip(sums, found, strict=True)]
+    return tuple(Joint(a, b, float(c)) for a, b, c in sums)
+
+
+def _parts(states: Tensor, batch: Batch, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    if "attention_mask" in batch and batch["attention_mask"].shape == states.shape[:2]:
+        tokens = batch["attention_mask"].bool()
+        return tokens & ~held_out[:, None], tokens & held_out[:, None]
+    return ~held_out, held_out
+
+
+def _seen(model, reader, batch, *, once, output):
+    found = []
+
+    def hook(_, args, given):
+        found.append(given if output else args[0])
+        if once:
+            raise _Enough
+
+    handle = reader.register_forward_hook(hook)
+    try:
+        model(**batch)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return found

@@ -198,10 +198,15 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Predictor:
     if device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("target.device: found no CUDA device, expected one; use device: cpu")
     torch.set_num_threads(threads)
-    model = nn.Module.to(from_pretrained(folder), device)
+    return predictor(nn.Module.to(from_pretrained(folder), device))
+
+
+def predictor(model: PreTrainedModel) -> Predictor:
+    """Return the predictor of a model, in evaluation mode while it predicts."""
 
     def predict(inputs: Arrays) -> Arrays:
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
+        model.eval()
+        tensors = {name: torch.from_numpy(x).to(model.device) for name, x in inputs.items()}
         with torch.inference_mode():
             outputs = model(**tensors)
         return {

@@ -147,8 +147,13 @@ def _say(code: int, message: object) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from benchmarks.accuracy import silent
+    from pipeline import processes
     from pipeline.runner import run
 
+    if not processes.leads():  # torchrun started it beside the one that shows what happens
+        report = run(options.recipe, options.output, fresh=options.fresh, track=silent)
+        return CODES[report.verdict.outcome]
     with _progress() as progress:
         report = run(options.recipe, options.output, fresh=options.fresh, track=_Bars(progress))
     _show(report.to_json(), options)

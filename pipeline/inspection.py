@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
-from pipeline import calibration, checkpoint, pruning, selfcheck, steps, structure
+from pipeline import calibration, checkpoint, pruning, schedules, selfcheck, steps, structure
 from pipeline.checkpoint import ModelError
 from pipeline.criteria import CRITERIA
 from pipeline.recipe import Prune, Recipe
@@ -114,7 +114,7 @@ def head_scores(recipe: Recipe, *, track: Track = silent) -> dict[str, list[floa
         model = checkpoint.from_pretrained(steps.original(work).entry.folder)
         selfcheck.ensure(model)
         groups = [g for g in structure.groups(model) if g.kind == "heads" and g.kept]
-        examples, size = work.examples("calibration"), steps.CALIBRATION_BATCH
+        examples, size = work.examples("calibration"), schedules.CALIBRATION_BATCH
         windows = sum(len(example.windows) for example in examples)
         known = pruning.gather(
             model,

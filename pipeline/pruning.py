@@ -116,6 +116,7 @@ def choose_and_cut(
     uniform: bool = False,
     multiple: int = 1,
     seed: int = 0,
+    learned: Mapping[str, Tensor] | None = None,
     data: Callable[[], Iterable[calibration.Batch]],
     total: int,
     track: Track = silent,
@@ -125,12 +126,13 @@ def choose_and_cut(
     Args:
         model: changed in place.
         fractions: of each kind, the share of all its units that goes.
-        criterion: a key of `criteria.CRITERIA`.
+        criterion: a key of `criteria.CRITERIA`; any other needs `learned`.
         repair: what is done about the matrices that read the removed units: a key of
             `compensation.REPAIRS`, or `none`.
         uniform: cut the same share of every layer's units.
         multiple: the number of neurons left in a layer is rounded to a multiple of it.
         seed: of the criterion `random`.
+        learned: scores by module path, where a training has found them already.
         data: gives the calibration batches, anew each time; `total` of them.
         total: number of batches.
         track: shows progress.
@@ -146,7 +148,7 @@ def choose_and_cut(
         readers = {group.path: group.reader for group in groups}
         seen = calibration.moments(model, readers, data(), total=total, track=track)
     known = gather(model, groups, criterion, data, seen=seen, seed=seed, total=total, track=track)
-    scores = {group.path: CRITERIA[criterion](known(group)) for group in groups}
+    scores = dict(learned or {g.path: CRITERIA[criterion](known(g)) for g in groups})
     lowest: dict[str, Tensor] = {}
     for kind, fraction in fractions.items():
         of_kind = {group.path: scores[group.path] for group in groups if group.kind == kind}
@@ -213,7 +215,7 @@ def gather(
 
     def known(group: Group) -> Evidence:
         return Evidence(
-            _weights(group),
+            structure.by_unit(group),
             gradients.get(group.path),
             _reader(group),
             moments.get(group.path),
@@ -256,16 +258,6 @@ def _lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, int]:
             gone[path] += 1
             wanted -= 1
     return gone
-
-
-def _weights(group: Group) -> Tensor:
-    """Return all parameters of each unit `(U, P)`."""
-    count = len(group.kept)
-    parts = [structure.matrix(group.reader).T.reshape(count, -1)]
-    for linear, owners in group.writers:
-        rows = owners.argsort(stable=True)[(owners < 0).sum() :]  # unit by unit, less the shared
-        parts.append(structure.matrix(linear)[rows].reshape(count, -1))
-    return torch.cat(parts, dim=1).detach()
 
 
 def _reader(group: Group) -> Tensor:

@@ -18,6 +18,7 @@ from benchmarks.tasks import TASKS
 from exporters import formats
 from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
+from pipeline.masks import LEARNERS
 from pipeline.quantization import METHODS
 
 ORIGINAL: Final = "original"
@@ -131,37 +132,9 @@ class Target(Strict):
     """A load ends after this long, even with fewer rounds."""
 
 
-class Prune(Strict):
-    """Cut heads and neurons out of the model."""
+class Training(Strict):
+    """How the model is trained; with a teacher, towards the teacher's outputs too."""
 
-    step: Literal["prune"]
-    heads: Fraction = 0.0
-    """The share of all head units that goes."""
-    neurons: Fraction = 0.0
-    """The share of all FFN neurons that goes."""
-    criterion: Annotated[str, one_of(CRITERIA)] = "importance"
-    repair: Annotated[str, one_of([*REPAIRS, "none"])] = "least-squares"
-    uniform: bool = False
-    """Cut alike in every layer, and write a folder that stock transformers loads."""
-    multiple: Annotated[int, Field(ge=1)] = 1
-    """The number of neurons left in a layer is rounded to a multiple of this."""
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether the step needs calibration data."""
-        return self.criterion in GRADIENT | MOMENTS or self.repair != "none"
-
-    @model_validator(mode="after")
-    def _cuts(self) -> Self:
-        if not self.heads and not self.neurons:
-            raise ValueError("found no share of `heads` or `neurons`, expected one above 0")
-        return self
-
-
-class Finetune(Strict):
-    """Train the model; with a teacher, towards the teacher's outputs too."""
-
-    step: Literal["finetune"]
     epochs: Positive = 1.0
     learning_rate: Positive = 5e-5
     batch_size: int = Field(default=32, ge=1)
@@ -177,6 +150,56 @@ class Finetune(Strict):
     """The weight of the task's own loss beside the teacher's."""
     hidden_weight: float = Field(default=0.0, ge=0)
     """The weight of the distance between the hidden states of student and teacher."""
+    patience: int | None = Field(default=None, ge=1)
+    """Score the selection split at even distances, end after so many scores that are no better than
+    the best, and keep the best weights."""
+    evaluations: int = Field(default=10, ge=1)
+    """How often the selection split is scored, with `patience`."""
+
+
+class Prune(Strict):
+    """Cut heads and neurons out of the model."""
+
+    step: Literal["prune"]
+    heads: Fraction = 0.0
+    """The share of all head units that goes."""
+    neurons: Fraction = 0.0
+    """The share of all FFN neurons that goes."""
+    criterion: Annotated[str, one_of([*CRITERIA, *LEARNERS])] = "importance"
+    repair: Annotated[str, one_of([*REPAIRS, "none"])] = "least-squares"
+    uniform: bool = False
+    """Cut alike in every layer, and write a folder that stock transformers loads."""
+    multiple: Annotated[int, Field(ge=1)] = 1
+    """The number of neurons left in a layer is rounded to a multiple of this."""
+    rounds: int = Field(default=1, ge=1)
+    """Go to the shares in so many rounds: score anew, cut, repair, train."""
+    finetune: Training | None = None
+    """The training of every round, or the one in which the criterion learns."""
+    max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Stop before the round that takes more than this from the score on the selection split."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the step needs calibration data."""
+        return self.criterion in GRADIENT | MOMENTS or self.repair != "none"
+
+    @model_validator(mode="after")
+    def _cuts(self) -> Self:
+        if not self.heads and not self.neurons:
+            raise ValueError("found no share of `heads` or `neurons`, expected one above 0")
+        if self.criterion in LEARNERS and self.finetune is None:
+            raise ValueError(f"{self.criterion} learns while the model trains, expected `finetune`")
+        if self.criterion in LEARNERS and (self.rounds > 1 or self.max_drop is not None):
+            raise ValueError(
+                f"{self.criterion} learns in one training, expected no `rounds` or `max_drop`"
+            )
+        return self
+
+
+class Finetune(Training):
+    """Train the model."""
+
+    step: Literal["finetune"]
 
 
 class Quantize(Strict):
@@ -296,8 +319,9 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
                 yield from _missing_data(recipe, step, where)
             case Quantize() if exported and exported.startswith("quantize"):
                 yield f"{where}: the model is quantized already by {exported}; keep one of them"
-        if isinstance(step, Finetune) and step.teacher not in (None, *earlier):
-            yield f"{where}.teacher: {unknown(str(step.teacher), earlier)}"
+        training, at = trained(step), "" if isinstance(step, Finetune) else ".finetune"
+        if training is not None and training.teacher not in (None, *earlier):
+            yield f"{where}{at}.teacher: {unknown(str(training.teacher), earlier)}"
         if isinstance(step, Quantize | Export):
             exported = name if exported is None or step.step == "quantize" else exported
             if recipe.target.runtime == "torch":
@@ -308,13 +332,26 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
     yield from _budget_mistakes(recipe)
 
 
+def trained(step: BaseModel) -> Training | None:
+    """Return how a step trains, if it does."""
+    return (
+        step.finetune if isinstance(step, Prune) else step if isinstance(step, Finetune) else None
+    )
+
+
 def _missing_data(recipe: Recipe, step: Prune | Finetune, where: str) -> Iterator[str]:
     splits = recipe.task.splits
+    training = trained(step)
+    if training is not None and splits.train is None:
+        yield f"{where}: finetune needs examples to train on, expected task.splits.train"
+    if training is not None and training.patience and splits.selection is None:
+        yield f"{where}: patience needs examples to choose on, expected task.splits.selection"
     if isinstance(step, Finetune):
-        if splits.train is None:
-            yield f"{where}: finetune needs examples to train on, expected task.splits.train"
-    elif splits.calibration is None and step.calibrated:
+        return
+    if splits.calibration is None and step.calibrated:
         yield f"{where}: prune needs examples to score on, expected task.splits.calibration"
+    if step.max_drop is not None and splits.selection is None:
+        yield f"{where}: max_drop needs examples to choose on, expected task.splits.selection"
 
 
 def _budget_mistakes(recipe: Recipe) -> Iterator[str]:

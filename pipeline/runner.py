@@ -8,6 +8,7 @@ all artifacts are measured on the target, and the gate judges the last against t
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import torch
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters import onnx
-from pipeline import gate, steps
+from pipeline import gate, processes, schedules, steps
 from pipeline.page import page
-from pipeline.recipe import Export, Finetune, Prune, Quantize, Recipe
+from pipeline.recipe import Export, Finetune, Prune, Quantize, Recipe, trained
 from pipeline.report import Report, markdown
 from pipeline.stages import measure
 from pipeline.store import MANIFEST, publish, write_text
@@ -33,6 +34,8 @@ def run(
     track: Track = silent,
 ) -> Report:
     """Run a recipe, and return its report.
+
+    Of several processes, as torchrun starts them, the first one writes; all return the report.
 
     Writes below `output` (`runs/<recipe>` unless given): `stages/`, from which a later run resumes,
     `report.json`, `report.md`, `report.html`, and, if the verdict is a pass, `artifact/`.
@@ -84,6 +87,8 @@ def run(
         verdict=verdict,
         artifact=str(output / "artifact" if passed else last),
     )
+    if not processes.leads():
+        return report
     files = _files(report)
     if passed:
         about = {"recipe": report.recipe, "machine": report.machine, "verdict": asdict(verdict)}
@@ -142,16 +147,21 @@ def _compress(work: Work) -> list[Artifact]:
         kind = before.format
         match step:
             case Prune():
-                entry = steps.prune(work, step, before)
+                entry = schedules.prune(work, step, before, _teacher(step, artifacts))
             case Finetune():
-                teacher = {a.name: a for a in artifacts}.get(step.teacher or "")
-                entry = steps.finetune(work, step, before, teacher)
+                entry = schedules.finetune(work, step, before, _teacher(step, artifacts))
             case Quantize():
                 entry, kind = steps.quantize(work, step, before), "onnx"
             case Export():
                 entry, kind = steps.export(work, before), "onnx"
         artifacts.append(Artifact(name, described, kind, entry))
     return artifacts
+
+
+def _teacher(step: Prune | Finetune, artifacts: Sequence[Artifact]) -> Artifact | None:
+    training = trained(step)
+    name = training.teacher if training is not None else None
+    return next((artifact for artifact in artifacts if artifact.name == name), None)
 
 
 def _copy(source: Path, folder: Path) -> None:

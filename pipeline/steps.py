@@ -1,13 +1,14 @@
 """What each step does: an artifact in, an entry of the store out.
 
 A step's key holds all that its result depends on; its `make` is run only if the store has no such
-entry. The untouched model is the first artifact, made as if by a step.
+entry. The untouched model is the first artifact, made as if by a step. To prune and to train have a
+file of their own, schedules.py.
 """
 
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
@@ -15,17 +16,12 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks.accuracy import once
 from benchmarks.tasks import Arrays, collate
 from exporters import onnx
-from pipeline import calibration, checkpoint, native, pruning, sources
+from pipeline import checkpoint, sources
 from pipeline.checkpoint import ModelError
-from pipeline.finetuning import Teacher
-from pipeline.finetuning import finetune as train
 from pipeline.quantization import METHODS
-from pipeline.recipe import ORIGINAL, Finetune, Prune, Quantize
+from pipeline.recipe import ORIGINAL, Finetune, Quantize
 from pipeline.store import MANIFEST, Entry
 from pipeline.work import Artifact, Work
-
-CALIBRATION_BATCH: Final = 16
-"""Windows a batch when units are scored and second moments taken."""
 
 
 def original(work: Work) -> Artifact:
@@ -82,91 +78,6 @@ def _check_vocabulary(work: Work, model: PreTrainedModel) -> None:
             f"{work.recipe.model.source}: found token {largest}, expected less than {rows}, the"
             " rows of the embedding table; the tokenizer is another model's"
         )
-
-
-def prune(work: Work, step: Prune, before: Artifact) -> Entry:
-    """Cut and repair."""
-    examples = work.examples("calibration") if step.calibrated else []
-    windows = sum(len(example.windows) for example in examples)
-
-    def make(folder: Path) -> dict[str, Any]:
-        model = checkpoint.from_pretrained(before.entry.folder)
-        choice = pruning.choose_and_cut(
-            model,
-            {"heads": step.heads, "neurons": step.neurons},
-            criterion=step.criterion,
-            repair=step.repair,
-            uniform=step.uniform,
-            multiple=step.multiple,
-            seed=work.recipe.seed,
-            data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
-            total=-(-windows // CALIBRATION_BATCH),
-            track=work.track,
-        )
-        if not any(choice.removed.values()):
-            raise ModelError(
-                f"prune: found nothing to cut with heads: {step.heads:g},"
-                f" neurons: {step.neurons:g}, multiple: {step.multiple}, expected a share that"
-                " takes a unit; every layer keeps one"
-            )
-        heads = pruning.units(model).heads
-        details = {
-            what: {path: found for path, found in of_each.items() if path in heads}
-            for what, of_each in (("scores", choice.scores), ("removed", choice.removed))
-        }
-        if step.uniform:
-            native.configure(model)
-        # Of neurons there are too many to list; the model's config says which are left.
-        return work.write(model, folder, details | {"repairs": choice.repairs})
-
-    key = {
-        "step": step.model_dump(mode="json"),
-        "input": before.entry.digest,
-        "data": work.evidence("calibration") if step.calibrated else None,
-        "seed": work.recipe.seed if step.criterion == "random" else None,
-    }
-    return work.make("prune", key, make)
-
-
-def finetune(work: Work, step: Finetune, before: Artifact, teacher: Artifact | None) -> Entry:
-    """Train, towards the teacher if there is one."""
-
-    def make(folder: Path) -> dict[str, Any]:
-        model = checkpoint.from_pretrained(before.entry.folder)
-        imitated = None
-        if teacher is not None:
-            imitated = Teacher(
-                checkpoint.from_pretrained(teacher.entry.folder),
-                step.temperature,
-                step.task_weight,
-                step.hidden_weight,
-            )
-        loss = train(
-            model,
-            work.examples("train"),
-            work.padding,
-            epochs=step.epochs,
-            learning_rate=step.learning_rate,
-            batch_size=step.batch_size,
-            warmup=step.warmup,
-            weight_decay=step.weight_decay,
-            freeze_embeddings=step.freeze_embeddings,
-            teacher=imitated,
-            seed=work.recipe.seed,
-            device=work.recipe.target.device,
-            track=work.track,
-        )
-        return work.write(model.cpu(), folder, {"mean_loss": loss})
-
-    key = {
-        "step": step.model_dump(mode="json"),
-        "input": before.entry.digest,
-        "teacher": teacher.entry.digest if teacher else None,
-        "data": work.evidence("train"),
-        "seed": work.recipe.seed,
-        "device": work.recipe.target.device,
-    }
-    return work.make("finetune", key, make)
 
 
 def export(work: Work, before: Artifact) -> Entry:

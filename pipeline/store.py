@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from pipeline import processes
+
 MANIFEST: Final = "manifest.json"
 _HIDDEN: Final = ".store"
 """Locks, unfinished and set-aside entries lie here, beside the entries."""
@@ -44,7 +46,12 @@ class Store:
             (root / _HIDDEN / name).mkdir(parents=True, exist_ok=True)
 
     def get(
-        self, name: str, key: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        make: Callable[[Path], Mapping[str, Any]],
+        *,
+        join: Callable[[], object] | None = None,
     ) -> Entry:
         """Return the entry for `key`, made by `make(folder)` unless it is there already.
 
@@ -52,37 +59,62 @@ class Store:
             name: what the folder's name begins with, for people.
             key: everything the entry depends on, as JSON.
             make: writes the entry's files into an empty folder, and says what is known of them.
+                What it puts beside that folder, at `kept(folder)`, is there again if it is killed
+                and called once more.
+            join: what the other processes of the run do while the first one makes the entry.
         """
         label = f"{name}-{fingerprint(key)[:16]}"
         folder = self._root / label
-        with self._lock(label):
-            entry = verify(folder)
-            if entry and not (self._fresh and label not in self._made):
-                return entry
-            unfinished = self._root / _HIDDEN / "unfinished" / label
-            shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's: we hold the lock
-            unfinished.mkdir()
-            try:
-                seal(unfinished, make(unfinished))
-                if entry:
-                    shutil.rmtree(folder)
-                elif folder.exists():
-                    bad = self._root / _HIDDEN / "bad" / f"{label}-{uuid.uuid4().hex[:8]}"
-                    folder.rename(bad)
-                unfinished.rename(folder)
-                _sync(self._root)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-            self._made.add(label)
+        if not processes.leads():
+            if processes.agree(0) and join is not None:
+                join()
+            processes.agree(0)
             made = verify(folder)
             assert made is not None
             return made
+        with self._lock(label):
+            entry = verify(folder)
+            there = entry is not None and (label in self._made or not self._fresh)
+            processes.agree(not there)
+            made = entry if there else self._make(label, entry, make)
+            processes.agree(1)
+            assert made is not None
+            return made
+
+    def _make(
+        self, label: str, entry: Entry | None, make: Callable[[Path], Mapping[str, Any]]
+    ) -> Entry | None:
+        """Make an entry in the place of `entry`, if there is one; the lock is held."""
+        folder, unfinished = self._root / label, self._root / _HIDDEN / "unfinished" / label
+        shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
+        unfinished.mkdir()
+        if self._fresh:
+            kept(unfinished).unlink(missing_ok=True)
+        try:
+            seal(unfinished, make(unfinished))
+            if entry:
+                shutil.rmtree(folder)
+            elif folder.exists():
+                bad = self._root / _HIDDEN / "bad" / f"{label}-{uuid.uuid4().hex[:8]}"
+                folder.rename(bad)
+            unfinished.rename(folder)
+            _sync(self._root)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        kept(unfinished).unlink(missing_ok=True)
+        self._made.add(label)
+        return verify(folder)
 
     @contextmanager
     def _lock(self, label: str) -> Iterator[None]:
         with (self._root / _HIDDEN / "locks" / label).open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
+
+
+def kept(unfinished: Path) -> Path:
+    """Return the file beside an unfinished entry that outlives a kill."""
+    return unfinished.with_name(f"{unfinished.name}.kept")
 
 
 def fingerprint(value: object) -> str:

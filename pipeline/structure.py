@@ -8,6 +8,7 @@ What was cut is recorded in `config.pruning`, in the numbers of the unpruned mod
 relative to the base model. All other numbers of the configuration stay those of the unpruned model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -216,6 +217,19 @@ def matrix(linear: nn.Module) -> Tensor:
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight if isinstance(linear, nn.Linear) else weight.T
+
+
+def by_unit(group: Group, of: Callable[[nn.Module], Tensor] = matrix) -> Tensor:
+    """Return all parameters of each unit, or what else is as large as they are `(U, P)`.
+
+    `of` gives the matrix `(O, I)` of a module that writes or reads the units.
+    """
+    count = len(group.kept)
+    parts = [of(group.reader).T.reshape(count, -1)]
+    for linear, owners in group.writers:
+        rows = owners.argsort(stable=True)[(owners < 0).sum() :]  # unit by unit, less the shared
+        parts.append(of(linear)[rows].reshape(count, -1))
+    return torch.cat(parts, dim=1).detach()
 
 
 def bias(linear: nn.Module) -> Tensor | None:

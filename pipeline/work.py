@@ -21,7 +21,7 @@ from benchmarks.data import Row
 from benchmarks.data import load as load_data
 from benchmarks.machine import Unavailable
 from benchmarks.tasks import TASKS, Example, label_names, padding
-from pipeline import checkpoint, native, pruning, selfcheck, sources, structure
+from pipeline import checkpoint, native, processes, pruning, selfcheck, sources, structure
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import ModelError
 from pipeline.recipe import Prune, Recipe
@@ -69,7 +69,8 @@ class Work:
                 " the cores that are usable here"
             )
         self.code = _code()
-        torch.set_num_threads(self.threads)
+        processes.start(recipe.target.device)
+        torch.set_num_threads(max(1, self.threads // processes.beside()))
 
         self.source = sources.resolve(recipe.model.source)
         revision = recipe.model.revision
@@ -113,9 +114,16 @@ class Work:
         return self.kind.__name__ in (self.config.architectures or [])
 
     def make(
-        self, name: str, key: Mapping[str, Any], make: Callable[[Path], dict[str, Any]]
+        self,
+        name: str,
+        key: Mapping[str, Any],
+        make: Callable[[Path], dict[str, Any]],
+        join: Callable[[], object] | None = None,
     ) -> Entry:
-        """Return the entry of a stage; `make` writes it and says what is known of it."""
+        """Return the entry of a stage; `make` writes it and says what is known of it.
+
+        `join` is what the other processes of the run do in the meantime.
+        """
 
         def timed(folder: Path) -> dict[str, Any]:
             start = time.monotonic()
@@ -123,7 +131,7 @@ class Work:
             return about | {"seconds": time.monotonic() - start}
 
         key = {**key, "code": self.code, "versions": self.machine.versions}
-        return self.store.get(name, key, timed)
+        return self.store.get(name, key, timed, join=join)
 
     def write(
         self, model: PreTrainedModel, folder: Path, details: Mapping[str, Any]

@@ -1,15 +1,20 @@
 """Training learns, imitates, repeats itself, and says when it fails."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import sentences, write_model
+from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from benchmarks.accuracy import silent
 from benchmarks.tasks import TASKS, padding
 from pipeline import prune_heads
-from pipeline.finetuning import Teacher, TrainingError, distillation, finetune, hidden_distance
+from pipeline.distillation import Teacher, distillation, hidden_distance
+from pipeline.finetuning import TrainingError, _share, finetune
 
 ROWS = [{"text": text, "label": label, "id": "0" * 64} for text, label in sentences(200)]
 
@@ -32,7 +37,7 @@ def test_the_loss_falls(setting):
     first = train(setting)
     for _ in range(3):
         last = train(setting)
-    assert last < 0.85 * first
+    assert last.loss < 0.85 * first.loss
     assert not setting[0].training
 
 
@@ -80,6 +85,62 @@ def test_a_pruned_student_comes_near_its_teacher(setting, tmp_path):
     for _ in range(3):
         finetune(model, examples, pad, epochs=1, learning_rate=1e-3, batch_size=16, teacher=guide)
     assert distance() < 0.7 * before
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+    file = tmp_path / "checkpoint"
+
+    def trained(name, track=silent, **options):
+        model = write_model(tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        examples = TASKS["text-classification"].encode(ROWS, tokenizer, ("0", "1"), 16)
+        setting = model, examples, padding(tokenizer)
+        result = train(setting, epochs=6, track=track, save_seconds=0.01, **options)
+        return model.state_dict(), result
+
+    def interrupted(steps, what, total):
+        for step in steps:
+            if step == 50:
+                raise KeyboardInterrupt
+            yield step
+
+    whole, result = trained("whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained("killed", interrupted, checkpoint=file)
+    with safe_open(file, "pt") as stored:
+        assert 1 < json.loads(stored.metadata()["state"])["step"] <= 50
+    resumed, again = trained("resumed", checkpoint=file)
+    assert again == result
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_best_weights_are_kept_and_patience_ends_training(setting):
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.2])
+    seen = []
+
+    def evaluate():
+        seen.append(setting[0].classifier.weight.detach().clone())
+        return next(scores)
+
+    result = train(setting, epochs=4, evaluate=evaluate, evaluations=10, patience=3)
+    assert list(result.scores.values()) == [0.1, 0.5, 0.4, 0.3, 0.2]
+    assert result.step == list(result.scores)[1]
+    assert torch.equal(setting[0].classifier.weight, seen[1])
+
+
+def test_processes_share_a_batch():
+    class Half:
+        num_processes = 2
+
+        def __init__(self, index):
+            self.process_index = index
+
+    batch = list(range(5))
+    shares = [_share(batch, Half(at)) for at in (0, 1)]
+    assert [x for part, _ in shares for x in part] == [0, 2, 4, 1, 3]
+    # The average over processes of the weighted means is the mean of the batch.
+    assert sum(weight * sum(part) / len(part) for part, weight in shares) / 2 == sum(batch) / 5
+    assert _share([7], Half(1)) == ([7], 0)
 
 
 def test_distillation_is_the_scaled_divergence():

@@ -1,0 +1,90 @@
+"""Losses that make a student imitate its teacher.
+
+    L = a task + (1 - a) T^2 KL(teacher / T || student / T) + h mean_l |s_l - t_l|^2 / |t_l|^2
+
+Hinton et al. 2015, section 2, https://arxiv.org/abs/1503.02531; the last term compares hidden
+states, whose width no cut changes.
+
+C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from benchmarks.tasks import IGNORED
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The model to imitate, and how; `temperature` as in the module's formula, weights a and h."""
+
+    model: PreTrainedModel
+    temperature: float
+    task_weight: float
+    hidden_weight: float
+
+
+def loss(model: nn.Module, inputs: dict[str, Tensor], teacher: Teacher | None) -> Tensor:
+    """Return the loss of the module's formula `()`; without a teacher the task's own."""
+    states = teacher is not None and teacher.hidden_weight > 0
+    outputs = model(**inputs, output_hidden_states=states)
+    own: Tensor = outputs.loss
+    if teacher is None:
+        return own
+    with torch.no_grad():
+        target = teacher.model(**inputs, output_hidden_states=states)
+    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+    counted = labels != IGNORED if labels is not None and labels.dim() > 1 else mask
+    imitation = [
+        distillation(outputs[name], target[name], teacher.temperature, counted)
+        for name in ("logits", "start_logits", "end_logits")
+        if name in outputs
+    ]
+    total = teacher.task_weight * own + (1 - teacher.task_weight) * torch.stack(imitation).sum()
+    if states:
+        distance = hidden_distance(outputs.hidden_states, target.hidden_states, mask)
+        total = total + teacher.hidden_weight * distance
+    return total
+
+
+def distillation(
+    student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None
+) -> Tensor:
+    """Return T^2 KL(teacher / T || student / T), averaged over positions `()`.
+
+    `student` and `teacher` are logits `(..., C)`; `mask` `(...)` says which positions count.
+    """
+    divergence = functional.kl_div(
+        functional.log_softmax(student / temperature, dim=-1),
+        functional.log_softmax(teacher / temperature, dim=-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
+    return temperature**2 * _mean(divergence, mask)
+
+
+def hidden_distance(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None
+) -> Tensor:
+    """Return the mean over layers and positions of |s - t|^2 / |t|^2 `()`.
+
+    With fewer layers in the student, each is compared with the teacher's at the same relative
+    depth.
+    """
+    total = student[0].new_zeros(())
+    for at, state in enumerate(student):
+        matching = teacher[round(at * (len(teacher) - 1) / max(len(student) - 1, 1))]
+        error = (state - matching).square().sum(-1) / matching.square().sum(-1).clamp_min(1e-12)
+        total = total + _mean(error, mask)
+    return total / len(student)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None or mask.shape != values.shape:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp_min(1)

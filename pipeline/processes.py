@@ -1,0 +1,45 @@
+"""Several processes of one run, as torchrun or accelerate start them.
+
+The first leads: it alone writes to the store, measures and reports. The others do what it does in
+the same order, wait wherever it makes something, and join it where the work is shared.
+"""
+
+import os
+from datetime import timedelta
+from typing import Final
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+
+PATIENCE: Final = timedelta(days=30)
+"""The others wait as long as a step of the leader takes."""
+
+
+def start(device: str) -> None:
+    """Meet the other processes, if there are any."""
+    if count() > 1:
+        PartialState(cpu=device == "cpu", timeout=PATIENCE)
+
+
+def count() -> int:
+    """Return the number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def beside() -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Return whether this is the first process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def agree(value: float) -> float:
+    """Return the leader's value, in every process; all wait for it."""
+    if count() == 1:
+        return value
+    told = torch.tensor([value], dtype=torch.float64, device=PartialState().device)
+    return float(broadcast(told))

@@ -1,0 +1,185 @@
+"""How a prune step gets to its shares: at once, in rounds with training between, or by learning.
+
+Every round is two entries of the store, the cut model and the trained one, so that a run that was
+killed goes on in the round where it was.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline import calibration, checkpoint, native, pruning, selfcheck, structure, training
+from pipeline.checkpoint import ModelError
+from pipeline.masks import LEARNERS, Masks, Movement
+from pipeline.recipe import Prune, Training
+from pipeline.store import Entry
+from pipeline.structure import Kind
+from pipeline.work import Artifact, Work
+
+CALIBRATION_BATCH: Final = 16
+"""Windows a batch when units are scored and second moments taken."""
+
+
+def prune(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -> Entry:
+    """Cut, repair and train, as the step says."""
+    if step.criterion in LEARNERS:
+        assert step.finetune is not None
+        return _learn(work, step, step.finetune, before, teacher)
+    if step.finetune is None and step.rounds == 1 and step.max_drop is None:
+        return _cut(work, step, before)
+    return _iterate(work, step, before, teacher)
+
+
+def finetune(work: Work, settings: Training, before: Artifact, teacher: Artifact | None) -> Entry:
+    """Train, towards the teacher if there is one."""
+
+    def go(unfinished: Path | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+        model = checkpoint.from_pretrained(before.entry.folder)
+        trained = training.train(work, settings, model, teacher, unfinished=unfinished)
+        return model, training.details(trained)
+
+    def make(folder: Path) -> dict[str, Any]:
+        model, details = go(folder)
+        return work.write(model, folder, details)
+
+    key = {"input": before.entry.digest} | training.key(work, settings, teacher)
+    return work.make("finetune", key, make, join=lambda: go(None))
+
+
+def _cut(work: Work, step: Prune, before: Artifact) -> Entry:
+    def make(folder: Path) -> dict[str, Any]:
+        model = checkpoint.from_pretrained(before.entry.folder)
+        choice = _choose_and_cut(work, step, model)
+        return work.write(model, folder, _details(model, choice))
+
+    key = {"input": before.entry.digest} | _key(work, step)
+    return work.make("prune", key, make)
+
+
+def _learn(
+    work: Work, step: Prune, settings: Training, before: Artifact, teacher: Artifact | None
+) -> Entry:
+    """Train with masks, or watching the weights, and cut what that shows to be worth least."""
+
+    def go(unfinished: Path | None) -> tuple[PreTrainedModel, Movement | Masks, dict[str, Any]]:
+        model = checkpoint.from_pretrained(before.entry.folder)
+        nn.Module.to(model, work.recipe.target.device)
+        selfcheck.ensure(model)
+        groups = [g for g in structure.groups(model) if g.kept and _shares(step).get(g.kind)]
+        learner = LEARNERS[step.criterion](groups, _shares(step))
+        trained = training.train(
+            work, settings, model, teacher, learner=learner, unfinished=unfinished
+        )
+        return model, learner, training.details(trained)
+
+    def make(folder: Path) -> dict[str, Any]:
+        model, learner, details = go(folder)
+        learner.finish()
+        choice = _choose_and_cut(work, step, model, learner)
+        return work.write(model, folder, details | _details(model, choice))
+
+    key = {"input": before.entry.digest} | _key(work, step) | training.key(work, settings, teacher)
+    return work.make("prune", key, make, join=lambda: go(None))
+
+
+def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -> Entry:
+    """Return the last round's entry, or the last one that is within the step's `max_drop`."""
+    reference = None if step.max_drop is None else _selection_score(work, before.entry)
+    now, rounds = before, list[dict[str, Any]]()
+    details: dict[str, Any] = {"removed": {}}
+    seconds = 0.0
+    for at in range(1, step.rounds + 1):
+        shares = {
+            kind: _share_of_rest(before.entry, now.entry, kind, share * at / step.rounds)
+            for kind, share in _shares(step).items()
+        }
+        if not any(shares.values()):
+            continue
+        part = {"rounds": 1, "finetune": None, "max_drop": None} | shares
+        entry = _cut(work, step.model_copy(update=part), now)
+        cut = entry.about
+        if step.finetune is not None:
+            entry = finetune(work, step.finetune, replace(now, entry=entry), teacher)
+        seconds += cut["seconds"] + (entry.about["seconds"] if step.finetune else 0.0)
+        done: dict[str, Any] = {k: sum(entry.about[k]) for k in ("heads", "neurons")}
+        if reference is not None and step.max_drop is not None:
+            score = _selection_score(work, entry)
+            done |= {"selection": score, "kept": reference - score <= step.max_drop}
+        rounds.append(done)
+        if not done.get("kept", True):
+            break
+        now = replace(now, entry=entry)
+        for path, units in cut["details"]["removed"].items():
+            details["removed"][path] = sorted([*details["removed"].get(path, []), *units])
+        details.setdefault("scores", cut["details"]["scores"])
+    details |= {"rounds": rounds, "selection_before": reference}
+    about = {**now.entry.about, "seconds": seconds, "details": details}
+    return replace(now.entry, about=about)
+
+
+def _choose_and_cut(
+    work: Work, step: Prune, model: PreTrainedModel, learner: Movement | Masks | None = None
+) -> pruning.Choice:
+    examples = work.examples("calibration") if step.calibrated else []
+    windows = sum(len(example.windows) for example in examples)
+    choice = pruning.choose_and_cut(
+        model,
+        _shares(step),
+        criterion=step.criterion,
+        repair=step.repair,
+        uniform=step.uniform,
+        multiple=step.multiple,
+        seed=work.recipe.seed,
+        learned=learner.scores() if learner else None,
+        data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
+        total=-(-windows // CALIBRATION_BATCH),
+        track=work.track,
+    )
+    if not any(choice.removed.values()):
+        raise ModelError(
+            f"prune: found nothing to cut with heads: {step.heads:g}, neurons: {step.neurons:g},"
+            f" multiple: {step.multiple}, expected a share that takes a unit; every layer keeps one"
+        )
+    if step.uniform:
+        native.configure(model)
+    return choice
+
+
+def _details(model: PreTrainedModel, choice: pruning.Choice) -> dict[str, Any]:
+    """Return what a report says of a cut; of neurons there are too many to list."""
+    heads = pruning.units(model).heads
+    found: dict[str, Any] = {
+        what: {path: units for path, units in of_each.items() if path in heads}
+        for what, of_each in (("scores", choice.scores), ("removed", choice.removed))
+    }
+    return found | {"repairs": choice.repairs}
+
+
+def _key(work: Work, step: Prune) -> dict[str, Any]:
+    return {
+        "step": step.model_dump(mode="json", exclude={"finetune"}),
+        "data": work.evidence("calibration") if step.calibrated else None,
+        "seed": work.recipe.seed if step.criterion == "random" else None,
+    }
+
+
+def _shares(step: Prune) -> dict[Kind, float]:
+    return {"heads": step.heads, "neurons": step.neurons}
+
+
+def _share_of_rest(first: Entry, now: Entry, kind: Kind, share: float) -> float:
+    """Return the share of the units that are left which takes `share` of those that there were."""
+    there, left = sum(first.about[kind]), sum(now.about[kind])
+    return max(0, left - there + round(share * there)) / max(left, 1)
+
+
+def _selection_score(work: Work, entry: Entry) -> float:
+    def make(_: Path) -> dict[str, Any]:
+        return {"score": training.score(work, checkpoint.from_pretrained(entry.folder))}
+
+    key = {"artifact": entry.digest, "selection": work.evidence("selection")}
+    found: float = work.make("selected", key, make).about["score"]
+    return found
