@@ -8,7 +8,7 @@ states, whose width no cut changes.
 C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,18 +38,33 @@ def loss(model: nn.Module, inputs: dict[str, Tensor], teacher: Teacher | None) -
         return own
     with torch.no_grad():
         target = teacher.model(**inputs, output_hidden_states=states)
-    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-    counted = labels != IGNORED if labels is not None and labels.dim() > 1 else mask
-    imitation = [
-        distillation(outputs[name], target[name], teacher.temperature, counted)
-        for name in ("logits", "start_logits", "end_logits")
-        if name in outputs
-    ]
-    total = teacher.task_weight * own + (1 - teacher.task_weight) * torch.stack(imitation).sum()
+    other = imitation(outputs, target, inputs, temperature=teacher.temperature)
+    total = teacher.task_weight * own + (1 - teacher.task_weight) * other
     if states:
+        mask = inputs.get("attention_mask")
         distance = hidden_distance(outputs.hidden_states, target.hidden_states, mask)
         total = total + teacher.hidden_weight * distance
     return total
+
+
+def imitation(
+    outputs: Mapping[str, Tensor],
+    target: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    *,
+    temperature: float,
+) -> Tensor:
+    """Return the divergence of all logits from the teacher's, where they count `()`."""
+    labels = inputs.get("labels")
+    counted = inputs.get("attention_mask")
+    if labels is not None and labels.dim() > 1:
+        counted = labels != IGNORED
+    found = [
+        distillation(outputs[name], target[name], temperature, counted)
+        for name in ("logits", "start_logits", "end_logits")
+        if name in outputs
+    ]
+    return torch.stack(found).sum()
 
 
 def distillation(

@@ -7,21 +7,26 @@ multiply-adds are counted by running it there.
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Final
 
-import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
-from pipeline import calibration, checkpoint, pruning, schedules, selfcheck, steps, structure
+from pipeline import (
+    calibration,
+    checkpoint,
+    counting,
+    pruning,
+    schedules,
+    selfcheck,
+    steps,
+    structure,
+)
 from pipeline.checkpoint import ModelError
+from pipeline.counting import nearest
 from pipeline.criteria import CRITERIA
 from pipeline.recipe import Prune, Recipe
 from pipeline.work import Work
@@ -169,7 +174,7 @@ def _parts(model: PreTrainedModel, groups: list[structure.Group]) -> dict[str, s
 
 
 def _part(name: str, parts: dict[str, str]) -> str:
-    place = name if name in parts else _nearest(name, parts)
+    place = name if name in parts else nearest(name, parts)
     return PARTS[-1] if place is None else parts[place]
 
 
@@ -182,44 +187,9 @@ def _parameters(model: PreTrainedModel, parts: dict[str, str]) -> dict[str, int]
 
 def _multiply_adds(model: PreTrainedModel, parts: dict[str, str], sequence: int) -> dict[str, int]:
     found = dict.fromkeys(PARTS, 0)
-    # Fake tensors know shapes alone, as `meta` does, but also the constants that forwards read.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        weights = {
-            name: torch.empty(tensor.shape, dtype=tensor.dtype)
-            for name, tensor in chain(model.named_parameters(), model.named_buffers())
-        }
-        inputs = {
-            name: torch.empty(tensor.shape, dtype=torch.float32)
-            if tensor.is_floating_point()
-            else torch.empty(tensor.shape, dtype=tensor.dtype)
-            for name, tensor in selfcheck.example(model, 1, sequence).items()
-        }
-        with FlopCounterMode(display=False) as counter:
-            functional_call(model, weights, kwargs=inputs)
-    counts = counter.get_flop_counts()
-    prefix = f"{type(model).__name__}."
-    own = {
-        name.removeprefix(prefix): sum(of_kind.values())
-        for name, of_kind in counts.items()
-        if name.startswith(prefix)
-    }
-    # A module's count holds those of the modules in it; lists of layers have none of their own.
-    for name, flops in list(own.items()):
-        if (outer := _nearest(name, own)) is not None:
-            own[outer] -= flops
-    for name, flops in own.items():
-        found[_part(name, parts)] += flops // 2
-    found[PARTS[-1]] += sum(counts["Global"].values()) // 2 - sum(found.values())
+    for name, count in counting.multiply_adds(model, sequence).items():
+        found[_part(name, parts) if name else PARTS[-1]] += count
     return found
-
-
-def _nearest(name: str, names: Mapping[str, object]) -> str | None:
-    """Return the longest of the names that `name` lies in."""
-    while outer := name.rpartition(".")[0]:
-        if outer in names:
-            return outer
-        name = outer
-    return None
 
 
 def _layers(groups: list[structure.Group]) -> list[Layer]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
@@ -163,14 +163,13 @@ def choose_and_cut(
         if not gone:
             continue
         places = torch.tensor([at for at in range(len(group.kept)) if at not in gone])
-        mended = None
+        weight = None
         if repair != "none":
-            mended = _repair(group, seen[group.path], places, repair)
+            mended = repaired(group, seen[group.path], places, repair)
             repairs[group.path] = (mended.error_before, mended.error_after)
+            weight = mended.weight
         removed[group.path] = [group.kept[at] for at in sorted(gone)]
-        surgery.keep(model, group, [group.kept[at] for at in places])
-        if mended is not None:
-            _write(group.reader, mended.weight)
+        cut_and_write(model, group, places, weight)
     return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
 
 
@@ -217,7 +216,7 @@ def gather(
         return Evidence(
             structure.by_unit(group),
             gradients.get(group.path),
-            _reader(group),
+            reader(group),
             moments.get(group.path),
             generator,
         )
@@ -260,29 +259,52 @@ def _lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, int]:
     return gone
 
 
-def _reader(group: Group) -> Tensor:
-    """Return the matrix that reads the units, with its bias as the last column if it has one."""
+def reader(group: Group) -> Tensor:
+    """Return the matrix that reads the units `(O, I)`, its bias the last column if it has one."""
     weight, bias = structure.matrix(group.reader).detach(), structure.bias(group.reader)
     return weight if bias is None else torch.cat([weight, bias.detach()[:, None]], dim=1)
 
 
-def _repair(
+def columns(group: Group, places: Tensor) -> Tensor:
+    """Return the columns of `reader` that stay with the units at `places`: theirs, and the bias."""
+    kept = torch.isin(surgery.owners(group), places).nonzero().flatten()
+    if structure.bias(group.reader) is not None:
+        kept = torch.cat([kept, torch.tensor([structure.matrix(group.reader).shape[1]])])
+    return kept
+
+
+def repaired(
     group: Group, seen: calibration.Moments, places: Tensor, repair: str
 ) -> compensation.Repair:
-    weight = _reader(group)
-    kept = torch.isin(surgery.owners(group), places).nonzero().flatten()
+    """Return the reader of the units at `places`, repaired, with the errors before and after."""
+    weight, kept = reader(group), columns(group, places)
     size = weight.shape[1]
-    if structure.bias(group.reader) is not None:
-        kept = torch.cat([kept, torch.tensor([size - 1])])
     within = calibration.Moments(seen.fit[:size, :size], seen.held_out[:size, :size])
+    if repair == "none" or not len(kept):
+        exact = weight.double()
+        error = compensation.error(exact, within.held_out, kept, exact[:, kept])
+        return compensation.Repair(exact[:, kept], error, error)
     return compensation.REPAIRS[repair](weight, within, kept)
 
 
+def cut_and_write(
+    model: PreTrainedModel, group: Group, places: Tensor, weight: Tensor | None
+) -> None:
+    """Cut a group down to the units at `places`, with this reader unless it stays as it was."""
+    if weight is not None and not len(places):  # then there is no reader any more, but its bias
+        whole = reader(group).to(weight.dtype)
+        whole[:, columns(group, places)] = weight
+        write_reader(group, whole)
+    surgery.keep(model, group, [group.kept[at] for at in places])
+    if weight is not None and len(places):
+        write_reader(group, weight)
+
+
 @torch.no_grad()
-def _write(reader: nn.Module, weight: Tensor) -> None:
-    """Put a repaired weight `(O, K)`, the bias its last column if there is one, into the reader."""
-    bias = structure.bias(reader)
+def write_reader(group: Group, weight: Tensor) -> None:
+    """Put a weight `(O, K)`, the bias its last column if there is one, into the reader."""
+    bias = structure.bias(group.reader)
     if bias is not None:
         bias.copy_(weight[:, -1])
         weight = weight[:, :-1]
-    structure.matrix(reader).copy_(weight)
+    structure.matrix(group.reader).copy_(weight)

@@ -157,6 +157,31 @@ class Training(Strict):
     """How often the selection split is scored, with `patience`."""
 
 
+class Goal(Strict):
+    """What a model may cost on the target after a prune step, by one of these measures."""
+
+    speedup: Annotated[float, Field(gt=1)] | None = None
+    latency_ms: Positive | None = None
+    multiply_adds: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share that is left."""
+    parameters: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share that is left."""
+    load: int = Field(default=0, ge=0)
+    """At which of the target's loads, by its place among them."""
+    units: tuple[Literal["heads", "neurons"], ...] = Field(("heads", "neurons"), min_length=1)
+    """What may go."""
+    search: int = Field(default=50, ge=0)
+    """Steps of the search on the divergence from the dense model's outputs."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        measures = ("speedup", "latency_ms", "multiply_adds", "parameters")
+        given = [name for name in measures if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {given or 'none'}, expected one of {list(measures)}")
+        return self
+
+
 class Prune(Strict):
     """Cut heads and neurons out of the model."""
 
@@ -165,6 +190,8 @@ class Prune(Strict):
     """The share of all head units that goes."""
     neurons: Fraction = 0.0
     """The share of all FFN neurons that goes."""
+    goal: Goal | None = None
+    """In place of shares: what the model may cost; every layer gets a width of its own."""
     criterion: Annotated[str, one_of([*CRITERIA, *LEARNERS])] = "importance"
     repair: Annotated[str, one_of([*REPAIRS, "none"])] = "least-squares"
     uniform: bool = False
@@ -181,12 +208,19 @@ class Prune(Strict):
     @property
     def calibrated(self) -> bool:
         """Whether the step needs calibration data."""
-        return self.criterion in GRADIENT | MOMENTS or self.repair != "none"
+        scored = self.criterion in GRADIENT | MOMENTS
+        return scored or self.repair != "none" or self.goal is not None
 
     @model_validator(mode="after")
     def _cuts(self) -> Self:
-        if not self.heads and not self.neurons:
-            raise ValueError("found no share of `heads` or `neurons`, expected one above 0")
+        if bool(self.heads or self.neurons) == (self.goal is not None):
+            raise ValueError("expected a share of `heads` or `neurons` above 0, or a `goal`")
+        alone = self.criterion in LEARNERS or self.rounds > 1 or self.uniform
+        if self.goal is not None and (alone or self.max_drop is not None):
+            raise ValueError(
+                "goal: found a criterion that learns, or `rounds`, `max_drop` or `uniform`,"
+                " expected none of them beside a goal"
+            )
         if self.criterion in LEARNERS and self.finetune is None:
             raise ValueError(f"{self.criterion} learns while the model trains, expected `finetune`")
         if self.criterion in LEARNERS and (self.rounds > 1 or self.max_drop is not None):
@@ -322,6 +356,9 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
         training, at = trained(step), "" if isinstance(step, Finetune) else ".finetune"
         if training is not None and training.teacher not in (None, *earlier):
             yield f"{where}{at}.teacher: {unknown(str(training.teacher), earlier)}"
+        loads = len(recipe.target.loads)
+        if isinstance(step, Prune) and step.goal is not None and step.goal.load >= loads:
+            yield f"{where}.goal.load: found {step.goal.load}, expected less than {loads}"
         if isinstance(step, Quantize | Export):
             exported = name if exported is None or step.step == "quantize" else exported
             if recipe.target.runtime == "torch":

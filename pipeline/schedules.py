@@ -5,16 +5,27 @@ killed goes on in the round where it was.
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipeline import calibration, checkpoint, native, pruning, selfcheck, structure, training
+from pipeline import (
+    calibration,
+    checkpoint,
+    goals,
+    native,
+    prices,
+    pruning,
+    selfcheck,
+    structure,
+    training,
+)
 from pipeline.checkpoint import ModelError
 from pipeline.masks import LEARNERS, Masks, Movement
-from pipeline.recipe import Prune, Training
+from pipeline.recipe import Goal, Prune, Training
 from pipeline.store import Entry
 from pipeline.structure import Kind
 from pipeline.work import Artifact, Work
@@ -28,6 +39,13 @@ def prune(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -
     if step.criterion in LEARNERS:
         assert step.finetune is not None
         return _learn(work, step, step.finetune, before, teacher)
+    if step.goal is not None:
+        reached = _reach(work, step, step.goal, before)
+        if step.finetune is None:
+            return reached
+        trained = finetune(work, step.finetune, replace(before, entry=reached), teacher)
+        details = {**reached.about["details"], **trained.about["details"]}
+        return replace(trained, about={**trained.about, "details": details})
     if step.finetune is None and step.rounds == 1 and step.max_drop is None:
         return _cut(work, step, before)
     return _iterate(work, step, before, teacher)
@@ -57,6 +75,68 @@ def _cut(work: Work, step: Prune, before: Artifact) -> Entry:
 
     key = {"input": before.entry.digest} | _key(work, step)
     return work.make("prune", key, make)
+
+
+def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
+    """Cut to a goal; what levels cost is an entry of its own, for other steps to use."""
+    load = work.recipe.target.loads[goal.load]
+    price: goals.Price = prices.parameters
+    if goal.multiply_adds:
+        price = partial(prices.multiply_adds, sequence=load.sequence)
+    elif goal.speedup or goal.latency_ms:
+        price = partial(prices.latency_ms, work=work, load=goal.load)
+
+    def priced(models: goals.Variants) -> dict[str, float]:
+        about = work.make("priced", costing, lambda _: dict(price(models))).about
+        return {name: value for name, value in about.items() if name != "seconds"}
+
+    def allowed(dense: float) -> float:
+        left = goal.multiply_adds or goal.parameters
+        if left:
+            return dense * left
+        return dense / goal.speedup if goal.speedup else float(goal.latency_ms or 0)
+
+    def make(folder: Path) -> dict[str, Any]:
+        model = checkpoint.from_pretrained(before.entry.folder)
+        examples = work.examples("calibration")
+        judged = examples[calibration.HELD_OUT_EVERY - 1 :: calibration.HELD_OUT_EVERY]
+        windows = sum(len(example.windows) for example in examples)
+        try:
+            reached = goals.reach(
+                model,
+                goal.units,
+                allowed,
+                priced,
+                criterion=step.criterion,
+                repair=step.repair,
+                multiple=step.multiple,
+                searched=goal.search,
+                seed=work.recipe.seed,
+                data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
+                held_out=list(calibration.batches(judged, work.padding, CALIBRATION_BATCH)),
+                total=-(-windows // CALIBRATION_BATCH),
+                track=work.track,
+            )
+        except goals.OutOfReach as error:
+            raise ModelError(str(error)) from error
+        details = _details(model, reached.choice) | {
+            "goal": goal.model_dump(mode="json", exclude_none=True),
+            "dense_cost": reached.dense_cost,
+            "predicted_cost": reached.predicted_cost,
+            "divergence_first_and_searched": reached.divergence,
+        }
+        return work.write(model, folder, details)
+
+    costing = {
+        "input": before.entry.digest,
+        "goal": goal.model_dump(mode="json", include={"units", "load"}),
+        "by": price.func.__name__ if isinstance(price, partial) else price.__name__,
+        "target": work.described()["target"],
+        "machine": work.machine.identity(),
+    }
+    machine = {"machine": work.machine.identity()} if goal.speedup or goal.latency_ms else {}
+    key = {"input": before.entry.digest, "target": costing["target"]} | machine | _key(work, step)
+    return work.make("prune", key | {"seed": work.recipe.seed}, make)
 
 
 def _learn(

@@ -15,8 +15,8 @@ import numpy as np
 from benchmarks import metrics, speed
 from benchmarks.accuracy import Outcomes, fidelity
 from exporters import onnx
-from pipeline import measuring, steps
-from pipeline.measuring import Alone, Bench, Target
+from pipeline import measuring, prices, steps
+from pipeline.measuring import Alone, Bench
 from pipeline.report import Load, Score, Stage, shape
 from pipeline.work import Artifact, Work
 
@@ -39,7 +39,7 @@ class Measured:
 
 def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
     """Return the stages of a run's artifacts, the baseline first."""
-    bench = _bench(work)
+    bench = prices.bench(work)
     running = [
         steps.export(work, artifact) if bench.target.runtime == "onnxruntime" else artifact.entry
         for artifact in artifacts
@@ -55,28 +55,6 @@ def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
         )
         stages.append(replace(stage, gain_note=_gain_note(stages[-1], stage)) if stages else stage)
     return Measured(tuple(stages), found[0].outcomes, found[-1].outcomes, together.pressure)
-
-
-def _bench(work: Work) -> Bench:
-    target = work.recipe.target
-    return Bench(
-        store=work.store,
-        target=Target(
-            device=target.device,
-            runtime=target.runtime,
-            threads=work.threads,
-            loads=tuple((load.batch, load.sequence) for load in target.loads),
-            rounds=target.rounds,
-            seconds=target.seconds,
-        ),
-        machine=work.machine,
-        task=work.task,
-        examples=work.examples("gate"),
-        padding=work.padding,
-        evidence=work.evidence("gate"),
-        code=work.code,
-        track=work.track,
-    )
 
 
 def _stage(work: Work, artifact: Artifact, alone: Alone, baseline: Outcomes) -> Stage:

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from benchmarks.accuracy import once
-from benchmarks.tasks import Arrays, collate
 from exporters import onnx
 from pipeline import checkpoint, sources
 from pipeline.checkpoint import ModelError
@@ -91,7 +90,7 @@ def export(work: Work, before: Artifact) -> Entry:
         export = partial(
             onnx.export,
             model,
-            _samples(work),
+            work.samples(),
             axes=work.task.axes,
             path=folder / onnx.MODEL,
             fuse_for=work.recipe.target.device,
@@ -143,14 +142,3 @@ def _copy_around(source: Path, folder: Path) -> None:
         weights = path.suffix == ".safetensors" or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name != MANIFEST:
             shutil.copyfile(path, folder / path.name)
-
-
-def _samples(work: Work) -> list[Arrays]:
-    """Return batches of real inputs of three shapes; the first is the one to trace."""
-    windows = [w.inputs for example in work.examples("gate")[:64] for w in example.windows]
-    if len(windows) < 2:  # noqa: PLR2004 - a batch of one would be traced as a constant
-        windows = windows * 2
-    windows.sort(key=lambda window: next(iter(window.values())).shape[-1])
-    middle = len(windows) // 2
-    chosen = (windows[middle - 1 : middle + 1], windows[-3:], windows[:1])
-    return [collate(batch, work.padding) for batch in chosen]

@@ -20,7 +20,7 @@ from benchmarks.accuracy import Track, once
 from benchmarks.data import Row
 from benchmarks.data import load as load_data
 from benchmarks.machine import Unavailable
-from benchmarks.tasks import TASKS, Example, label_names, padding
+from benchmarks.tasks import TASKS, Arrays, Example, collate, label_names, padding
 from pipeline import checkpoint, native, processes, pruning, selfcheck, sources, structure
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import ModelError
@@ -156,6 +156,16 @@ class Work:
         recipe = self.recipe.model_dump(mode="json")
         recipe["target"]["threads"] = self.threads
         return recipe
+
+    def samples(self) -> list[Arrays]:
+        """Return batches of real inputs of three shapes; the first is the one to trace."""
+        windows = [w.inputs for example in self.examples("gate")[:64] for w in example.windows]
+        if len(windows) < 2:  # noqa: PLR2004 - a batch of one would be traced as a constant
+            windows = windows * 2
+        windows.sort(key=lambda window: next(iter(window.values())).shape[-1])
+        middle = len(windows) // 2
+        chosen = (windows[middle - 1 : middle + 1], windows[-3:], windows[:1])
+        return [collate(batch, self.padding) for batch in chosen]
 
     def _columns(self) -> dict[str, str]:
         chosen = self.recipe.task.columns

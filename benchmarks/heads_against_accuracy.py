@@ -1,0 +1,124 @@
+"""The table of the head-pruning literature: share of heads removed, accuracy lost, speed gained.
+
+    python -m benchmarks.heads_against_accuracy MODEL FOLDER OUTPUT [--epochs 0.15]
+
+FOLDER holds train.csv(.gz) and validation.csv with the columns `sentence` and `label`. Each share
+of the heads is cut at once without repair, at once with least-squares repair, and in rounds of a
+fifth of the heads with distillation after each; last, heads and neurons are cut together to a
+speedup, with as much distillation. All of validation is judged, and every model is timed in ONNX
+Runtime beside the uncut one. The ceiling is what the multiply-adds that are left allow. A run that
+was stopped goes on.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.accuracy import silent
+from pipeline import from_pretrained
+from pipeline.counting import total
+from pipeline.recipe import Recipe
+from pipeline.runner import run
+
+SHARES: Final = (0.2, 0.4, 0.6, 0.8)
+SPEEDUPS: Final = (1.1, 1.25, 1.5, 1.8)
+SEQUENCES: Final = (128, 512)
+
+
+def recipe(options: argparse.Namespace, prune: dict[str, Any]) -> Recipe:
+    """Return a recipe of one prune step."""
+    return Recipe.model_validate(
+        {
+            "model": {"source": options.model},
+            "task": {
+                "kind": "text-classification",
+                "data": str(options.folder),
+                "columns": {"text": "sentence"},
+                "max_length": 64,
+                "overlap": "drop",
+                "splits": {
+                    "train": "train[1000:]",
+                    "calibration": "train[:1000]",
+                    "gate": "validation",
+                },
+            },
+            "target": {"loads": [{"batch": 1, "sequence": length} for length in SEQUENCES]},
+            "steps": [{"step": "prune", **prune}],
+            "budget": {"max_drop": 0.5},
+        }
+    )
+
+
+def row(options: argparse.Namespace, prune: dict[str, Any]) -> list[str]:
+    """Return accuracy lost with its interval, and the speedups, each with its ceiling."""
+    report = json.loads(run(recipe(options, prune), options.output, track=silent).to_json())
+    before, after = report["stages"]
+    check = next(c for c in report["verdict"]["checks"] if c["what"].startswith("accuracy"))
+    lost, low, high = (100 * check[name] for name in ("estimate", "low", "high"))
+    dense, cut = (from_pretrained(stage["folder"]) for stage in (before, after))
+    cells = [f"{after['score']['value']:.4f}", f"{lost:.1f} ({low:.1f} to {high:.1f})"]
+    for load in after["loads"]:
+        ceiling = total(dense, load["sequence"]) / total(cut, load["sequence"])
+        speed = load["speedup"]
+        interval = f"({speed['low']:.2f} to {speed['high']:.2f})"
+        cells += [f"{speed['value']:.2f} {interval}", f"{ceiling:.2f}"]
+    return cells
+
+
+def main() -> None:
+    """Print the table, row by row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--epochs", type=float, default=0.15, help="of every round")
+    options = parser.parse_args()
+    training = {
+        "epochs": options.epochs,
+        "learning_rate": 1e-4,
+        "teacher": "original",
+        "freeze_embeddings": True,
+        "hidden_weight": 0.1,
+    }
+    methods: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = [
+        ("no repair", [(f"{s:.0%}", {"heads": s, "repair": "none"}) for s in SHARES]),
+        ("repair", [(f"{s:.0%}", {"heads": s}) for s in SHARES]),
+        (
+            "rounds, distilled",
+            [
+                (f"{s:.0%}", {"heads": s, "rounds": at, "finetune": training})
+                for at, s in enumerate(SHARES, 1)
+            ],
+        ),
+        (
+            "heads and neurons",
+            [
+                (
+                    f"{x:g}x",
+                    {
+                        "goal": {"speedup": x},
+                        "finetune": training | {"epochs": at * options.epochs},
+                    },
+                )
+                for at, x in enumerate(SPEEDUPS, 1)
+            ],
+        ),
+    ]
+    columns = ["method", "removed", "accuracy", "points lost (interval)"]
+    for length in SEQUENCES:
+        columns += [f"speedup 1x{length}", "ceiling"]
+    table = Table(*columns)
+    for method, steps in methods:
+        for removed, prune in steps:
+            cells = [method, removed, *row(options, prune)]
+            print("\t".join(cells), flush=True)  # noqa: T201 - a row may take minutes
+            table.add_row(*cells)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()

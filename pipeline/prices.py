@@ -1,0 +1,105 @@
+"""What models cost on the target: milliseconds in its runtime, multiply-adds, parameters."""
+
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from benchmarks import speed
+from benchmarks.worker import Worker
+from exporters import onnx
+from pipeline import checkpoint, counting, measuring
+from pipeline.goals import Variants
+from pipeline.measuring import Bench, Target
+from pipeline.work import Work
+
+BESIDE: Final = 5
+"""So many models are timed beside the first one, in turns."""
+ROUNDS: Final = 30
+SECONDS: Final = 20.0
+
+
+def bench(work: Work) -> Bench:
+    """Return what measuring on the recipe's target needs."""
+    target = work.recipe.target
+    return Bench(
+        store=work.store,
+        target=Target(
+            device=target.device,
+            runtime=target.runtime,
+            threads=work.threads,
+            loads=tuple((load.batch, load.sequence) for load in target.loads),
+            rounds=target.rounds,
+            seconds=target.seconds,
+        ),
+        machine=work.machine,
+        task=work.task,
+        examples=work.examples("gate"),
+        padding=work.padding,
+        evidence=work.evidence("gate"),
+        code=work.code,
+        track=work.track,
+    )
+
+
+def parameters(models: Variants) -> dict[str, float]:
+    """Return the number of parameters of each."""
+    return {name: float(make().num_parameters()) for name, make in models.items()}
+
+
+def multiply_adds(models: Variants, *, sequence: int) -> dict[str, float]:
+    """Return the multiply-adds of one input of `sequence` tokens."""
+    return {name: counting.total(make(), sequence) for name, make in models.items()}
+
+
+def latency_ms(models: Variants, *, work: Work, load: int) -> dict[str, float]:
+    """Return the median latency of a load in the target's runtime.
+
+    The first model is timed again beside some of the others at a time, and theirs are put in
+    proportion to it, so that a machine that changes its pace in between does no harm.
+    """
+    target = bench(work)
+    inputs = measuring.loads(target)[load : load + 1]
+    with tempfile.TemporaryDirectory(prefix="secateur-") as root:
+        folders: dict[str, Path] = {}
+        for name in work.track(list(models), "exporting levels", len(models)):
+            folders[name] = Path(root, name)
+            _write(work, models[name](), folders[name])
+        first, *others = folders
+        found: dict[str, float] = {}
+        starts = range(0, len(others), BESIDE)
+        for start in work.track(starts, "timing levels", len(starts)):
+            names = [first, *others[start : start + BESIDE]]
+            with ExitStack() as stack:
+                open_ = partial(
+                    Worker,
+                    measuring.OPENERS[target.target.runtime],
+                    device=target.target.device,
+                    threads=target.target.threads,
+                )
+                workers = {name: stack.enter_context(open_(folders[name])) for name in names}
+                timed = speed.compare(workers, inputs, rounds=ROUNDS, seconds=SECONDS)
+            medians = {name: float(np.median(np.concatenate(timed[name][0]))) for name in names}
+            found.setdefault(first, medians[first])
+            for name in names[1:]:
+                found[name] = found[first] * medians[name] / medians[first]
+    return found
+
+
+def _write(work: Work, model: PreTrainedModel, folder: Path) -> None:
+    """Write a model as the target's runtime opens it."""
+    if work.recipe.target.runtime == "torch":
+        checkpoint.save_pretrained(model, folder)
+        return
+    (folder / onnx.MODEL).parent.mkdir(parents=True)
+    onnx.export(
+        model,
+        work.samples(),
+        axes=work.task.axes,
+        path=folder / onnx.MODEL,
+        fuse_for=work.recipe.target.device,
+    )

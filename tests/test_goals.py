@@ -1,0 +1,122 @@
+"""A goal is reached, as counted by hand, with widths of their own and nothing left half done."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import inputs, tiny, write_recipe
+
+from pipeline import goals, prices
+from pipeline.checkpoint import ModelError
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.runner import run
+
+
+def reach(model, share, *, kinds=("heads", "neurons"), searched=4, repair="least-squares"):
+    def data():
+        return iter([inputs(model, length) | labels(model) for length in range(8, 14)])
+
+    return goals.reach(
+        model, kinds, lambda dense: dense * share, prices.parameters, criterion="magnitude",
+        repair=repair, searched=searched, data=data, held_out=list(data()), total=6,
+    )  # fmt: skip
+
+
+def labels(model):
+    classifies = "Classification" in type(model).__name__
+    return {"labels": torch.zeros(2, dtype=torch.long)} if classifies else {}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "vit"])
+def test_the_parameters_left_are_those_predicted(family):
+    model = tiny(family)
+    before = model.num_parameters()
+    reached = reach(model, 0.75)
+    assert reached.dense_cost == before
+    # Costs between those that were found are interpolated; of parameters that is nearly exact.
+    assert model.num_parameters() == pytest.approx(reached.predicted_cost, rel=0.02)
+    assert model.num_parameters() <= 0.77 * before
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs(model)).logits).all()
+
+
+@pytest.mark.parametrize("repair", ["none", "bias", "least-squares"])
+def test_all_units_may_go(repair):
+    model = tiny("bert")
+    fixed = reach(tiny("bert"), 0.9).dense_cost
+    alone = {name: parameter for name, parameter in model.named_parameters()
+             if "attention" not in name and "intermediate" not in name}  # fmt: skip
+    assert fixed > sum(parameter.numel() for parameter in alone.values())
+    share = 0.42
+    reach(model, share, repair=repair)
+    assert model.num_parameters() <= (share + 0.02) * fixed
+
+
+def test_the_search_does_not_make_it_worse():
+    first = reach(tiny("bert"), 0.7, searched=0)
+    searched = reach(tiny("bert"), 0.7, searched=30)
+    assert searched.divergence[0] == pytest.approx(first.divergence[0], rel=1e-4)
+    assert searched.divergence[1] <= searched.divergence[0]
+
+
+def test_what_is_tried_leaves_no_trace():
+    model = tiny("bert")
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    reached = reach(model, 0.95, kinds=("neurons",), repair="none")
+    assert reached.choice.removed
+    untouched = [name for name in dense if "attention" in name]
+    assert all(torch.equal(dense[name], model.state_dict()[name]) for name in untouched)
+
+
+def test_a_goal_that_is_too_far_says_how_far_one_can_go():
+    with pytest.raises(goals.OutOfReach, match="with no units left, expected at most"):
+        reach(tiny("bert"), 0.01)
+
+
+def recipe(folder, **goal):
+    path = write_recipe(folder)
+    content = yaml.safe_load(path.read_text())
+    content["baseline"] = "original"
+    content["budget"] = {"max_drop": 0.99}
+    content["steps"] = [{"step": "prune", "goal": {"search": 3} | goal}]
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def last(path, folder):
+    return json.loads(run(path, folder).to_json())["stages"][-1]
+
+
+def test_multiply_adds_of_a_recipe(tmp_path):
+    details = last(recipe(tmp_path, multiply_adds=0.7), tmp_path / "out")["details"]
+    assert details["predicted_cost"] <= 0.7 * details["dense_cost"]
+    assert details["divergence_first_and_searched"][1] > 0
+
+
+@pytest.mark.parametrize("runtime", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime):
+    path = recipe(tmp_path, speedup=1.02, units=["neurons"])
+    content = yaml.safe_load(path.read_text())
+    content["target"]["runtime"] = runtime
+    path.write_text(yaml.safe_dump(content))
+    details = last(path, tmp_path / "out")["details"]
+    assert details["predicted_cost"] * 1.02 <= details["dense_cost"] * 1.0001
+
+
+def test_a_recipe_with_a_goal_out_of_reach_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="goal: found a cost of"):
+        run(recipe(tmp_path, parameters=0.01), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("goal", "message"),
+    [
+        ({"speedup": 2, "parameters": 0.5}, "found .'speedup', 'parameters'., expected one of"),
+        ({}, "found none, expected one of"),
+        ({"speedup": 2, "load": 3}, "goal.load: found 3, expected less than 1"),
+    ],
+)
+def test_goals_that_say_nothing_or_too_much_are_refused(tmp_path, goal, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_yaml(recipe(tmp_path, **goal))
