@@ -28,7 +28,8 @@ from pipeline import (
 from pipeline.checkpoint import ModelError
 from pipeline.counting import nearest
 from pipeline.criteria import CRITERIA
-from pipeline.recipe import Prune, Recipe
+from pipeline.masks import LEARNERS
+from pipeline.recipe import Prune, Recipe, RecipeError
 from pipeline.work import Work
 
 PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head and rest")
@@ -109,6 +110,11 @@ def head_scores(recipe: Recipe, *, track: Track = silent) -> dict[str, list[floa
     """
     prunes = [step for step in recipe.steps if isinstance(step, Prune)]
     criterion = (prunes[0] if prunes else Prune(step="prune", heads=0.5)).criterion
+    if criterion in LEARNERS:
+        raise RecipeError(
+            f"criterion: found {criterion}, which learns while the model trains, expected one of"
+            f" {sorted(CRITERIA)} to score heads without training"
+        )
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
         work = Work(recipe, Path(folder), fresh=False, track=track)
         if not work.has_head:

@@ -190,6 +190,10 @@ class Prune(Strict):
     """The share of all head units that goes."""
     neurons: Fraction = 0.0
     """The share of all FFN neurons that goes."""
+    layers: Fraction = 0.0
+    """The share of all layers that goes, first of all."""
+    sublayers: Fraction = 0.0
+    """The share of all attentions and FFN that goes as a whole, before heads and neurons."""
     goal: Goal | None = None
     """In place of shares: what the model may cost; every layer gets a width of its own."""
     criterion: Annotated[str, one_of([*CRITERIA, *LEARNERS])] = "importance"
@@ -209,12 +213,28 @@ class Prune(Strict):
     def calibrated(self) -> bool:
         """Whether the step needs calibration data."""
         scored = self.criterion in GRADIENT | MOMENTS
-        return scored or self.repair != "none" or self.goal is not None
+        judged = self.goal is not None or self.layers or self.sublayers
+        return bool(scored or self.repair != "none" or judged)
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """What goes of layers, sublayers, heads and neurons."""
+        return self.layers, self.sublayers, self.heads, self.neurons
 
     @model_validator(mode="after")
     def _cuts(self) -> Self:
-        if bool(self.heads or self.neurons) == (self.goal is not None):
-            raise ValueError("expected a share of `heads` or `neurons` above 0, or a `goal`")
+        if any(self.shares) == (self.goal is not None):
+            raise ValueError(
+                "expected a share of `heads`, `neurons`, `layers` or `sublayers` above 0,"
+                " or a `goal`"
+            )
+        if (self.layers or self.sublayers) and (self.rounds > 1 or self.criterion in LEARNERS):
+            raise ValueError(
+                f"layers and sublayers go at once, found rounds: {self.rounds} and criterion:"
+                f" {self.criterion}; use several prune steps"
+            )
+        if self.sublayers and self.uniform:
+            raise ValueError("found `sublayers` and `uniform`, expected one of them")
         alone = self.criterion in LEARNERS or self.rounds > 1 or self.uniform
         if self.goal is not None and (alone or self.max_drop is not None):
             raise ValueError(

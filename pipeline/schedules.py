@@ -4,6 +4,7 @@ Every round is two entries of the store, the cut model and the trained one, so t
 killed goes on in the round where it was.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from pipeline import (
     calibration,
     checkpoint,
+    depth,
     goals,
     native,
     prices,
@@ -70,8 +72,7 @@ def finetune(work: Work, settings: Training, before: Artifact, teacher: Artifact
 def _cut(work: Work, step: Prune, before: Artifact) -> Entry:
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
-        choice = _choose_and_cut(work, step, model)
-        return work.write(model, folder, _details(model, choice))
+        return work.write(model, folder, _choose_and_cut(work, step, model))
 
     key = {"input": before.entry.digest} | _key(work, step)
     return work.make("prune", key, make)
@@ -99,7 +100,6 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
         examples = work.examples("calibration")
-        judged = examples[calibration.HELD_OUT_EVERY - 1 :: calibration.HELD_OUT_EVERY]
         windows = sum(len(example.windows) for example in examples)
         try:
             reached = goals.reach(
@@ -113,7 +113,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
                 searched=goal.search,
                 seed=work.recipe.seed,
                 data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
-                held_out=list(calibration.batches(judged, work.padding, CALIBRATION_BATCH)),
+                held_out=list(_held_out(work)),
                 total=-(-windows // CALIBRATION_BATCH),
                 track=work.track,
             )
@@ -158,8 +158,7 @@ def _learn(
     def make(folder: Path) -> dict[str, Any]:
         model, learner, details = go(folder)
         learner.finish()
-        choice = _choose_and_cut(work, step, model, learner)
-        return work.write(model, folder, details | _details(model, choice))
+        return work.write(model, folder, details | _choose_and_cut(work, step, model, learner))
 
     key = {"input": before.entry.digest} | _key(work, step) | training.key(work, settings, teacher)
     return work.make("prune", key, make, join=lambda: go(None))
@@ -202,9 +201,29 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
 
 def _choose_and_cut(
     work: Work, step: Prune, model: PreTrainedModel, learner: Movement | Masks | None = None
-) -> pruning.Choice:
+) -> dict[str, Any]:
+    """Cut, and return what a report says of it."""
     examples = work.examples("calibration") if step.calibrated else []
     windows = sum(len(example.windows) for example in examples)
+    total = -(-windows // CALIBRATION_BATCH)
+
+    def data() -> Iterator[calibration.Batch]:
+        return calibration.batches(examples, work.padding, CALIBRATION_BATCH)
+
+    depths: dict[str, dict[str, float]] = {}
+    judged = list(_held_out(work)) if step.layers or step.sublayers else []
+    if step.layers:
+        depths["layers"] = depth.drop_layers(model, step.layers, judged, track=work.track)
+    if step.sublayers:
+        depths["sublayers"] = depth.drop_sublayers(
+            model,
+            step.sublayers,
+            judged,
+            repair=step.repair,
+            data=data,
+            total=total,
+            track=work.track,
+        )
     choice = pruning.choose_and_cut(
         model,
         _shares(step),
@@ -214,18 +233,27 @@ def _choose_and_cut(
         multiple=step.multiple,
         seed=work.recipe.seed,
         learned=learner.scores() if learner else None,
-        data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
-        total=-(-windows // CALIBRATION_BATCH),
+        data=data,
+        total=total,
         track=work.track,
     )
-    if not any(choice.removed.values()):
+    if not any(choice.removed.values()) and not any(depths.values()):
         raise ModelError(
             f"prune: found nothing to cut with heads: {step.heads:g}, neurons: {step.neurons:g},"
-            f" multiple: {step.multiple}, expected a share that takes a unit; every layer keeps one"
+            f" layers: {step.layers:g}, sublayers: {step.sublayers:g}, multiple: {step.multiple},"
+            " expected a share that takes a unit; every layer keeps one"
         )
     if step.uniform:
         native.configure(model)
-    return choice
+    return _details(model, choice) | {f"dropped_{what}": gone for what, gone in depths.items()}
+
+
+def _held_out(work: Work) -> Iterator[calibration.Batch]:
+    """Yield a part of the calibration data, to compare outputs on."""
+    chosen = work.examples("calibration")[
+        calibration.HELD_OUT_EVERY - 1 :: calibration.HELD_OUT_EVERY
+    ]
+    return calibration.batches(chosen, work.padding, CALIBRATION_BATCH)
 
 
 def _details(model: PreTrainedModel, choice: pruning.Choice) -> dict[str, Any]:

@@ -177,6 +177,26 @@ def groups(model: PreTrainedModel) -> list[Group]:
     return found
 
 
+def left(model: PreTrainedModel, kind: Kind) -> list[tuple[int, ...]]:
+    """Return what is left of every group of a kind, by the layers of the unpruned model.
+
+    Of a layer that was cut out nothing is.
+    """
+    cut = record(model)["layers"]
+    of_kind = [group for group in groups(model) if group.kind == kind]
+    found: list[tuple[int, ...]] = []
+    for stack, layers in stacks(model):
+        count = cut.get(stack.layers, {}).get("of", len(layers))
+        by_layer: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
+        for group in of_kind:
+            if group.key.startswith(f"{stack.layers}."):
+                by_layer[group.layer].append(group.kept)
+        most = max(map(len, by_layer), default=0)
+        for of_layer in by_layer:
+            found += of_layer or [()] * most
+    return found
+
+
 def _neurons_left(cut: dict[str, Any], key: str, reader: nn.Module) -> tuple[tuple[int, ...], int]:
     if key in cut["neurons"]:
         return decode(cut["neurons"][key]["kept"]), cut["neurons"][key]["of"]

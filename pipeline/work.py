@@ -141,14 +141,13 @@ class Work:
         self.processor.save_pretrained(folder)
         about = {"parameters": model.num_parameters(), "details": dict(details)}
         try:
-            groups = structure.groups(model)
+            heads, neurons = structure.left(model, "heads"), structure.left(model, "neurons")
         except ValueError:  # a family that cannot be pruned can still be quantized and exported
-            groups = []
-        heads = [group for group in groups if group.kind == "heads"]
+            heads, neurons = [], []
         return about | {
-            "heads": [len(group.kept) for group in heads],
-            "neurons": [len(group.kept) for group in groups if group.kind == "neurons"],
-            "kept_heads": [list(group.kept) for group in heads],
+            "heads": [len(kept) for kept in heads],
+            "neurons": [len(kept) for kept in neurons],
+            "kept_heads": [list(kept) for kept in heads],
         }
 
     def described(self) -> dict[str, Any]:

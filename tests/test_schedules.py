@@ -48,6 +48,16 @@ def test_rounds_reach_the_share_and_are_told(tmp_path):
     assert sum(len(units) for units in removed) == 6
 
 
+def test_layers_and_sublayers_of_a_recipe(tmp_path):
+    path = recipe(tmp_path, layers=0.34, sublayers=0.25, heads=0.5, finetune=None)
+    stage = last(run(path, tmp_path / "out"))
+    assert len(stage["details"]["dropped_layers"]) == 1
+    assert len(stage["details"]["dropped_sublayers"]) == 1
+    # Of the layer that is gone nothing is left, and of the two others every attention keeps a head.
+    assert stage["heads"].count(0) >= 1
+    assert len(stage["heads"]) == len(stage["neurons"]) == 3
+
+
 def test_a_round_that_costs_too_much_is_taken_back(tmp_path):
     path = recipe(tmp_path, heads=0.75, neurons=0.98, rounds=4, max_drop=0.01,
                   criterion="random", repair="none", finetune=None)  # fmt: skip
@@ -74,6 +84,8 @@ def test_a_criterion_that_learns_cuts_the_share(tmp_path, criterion):
     [
         ({"criterion": "movement", "finetune": None}, "learns while the model trains, expected"),
         ({"criterion": "exact-k", "rounds": 2}, "expected no `rounds` or `max_drop`"),
+        ({"layers": 0.5, "rounds": 2}, "layers and sublayers go at once, found rounds: 2"),
+        ({"sublayers": 0.5, "uniform": True}, "found `sublayers` and `uniform`"),
         ({"finetune": {"teacher": "nobody"}}, r"steps.1.finetune.teacher: found .nobody."),
     ],
 )
