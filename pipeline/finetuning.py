@@ -17,7 +17,7 @@ from typing import Any, Final, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -121,7 +121,9 @@ def finetune(
         TrainingError: the loss is not finite; the message names the step.
     """
     windows = [{**w.inputs, **w.labels} for example in examples for w in example.windows]
-    accelerator = Accelerator(cpu=device == "cpu")
+    # An emptied attention or FFN leaves a norm that no loss reaches.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
     nn.Module.to(model, accelerator.device)
     if teacher is not None:
         nn.Module.to(teacher.model, accelerator.device).eval()
@@ -213,8 +215,7 @@ class _State:
                     self.best[which] = tensor
                 else:
                     parameter = self.named[which]
-                    place = "cpu" if what == "step" else parameter.device
-                    self.optimizer.state[parameter][what] = tensor.to(place)
+                    self.optimizer.state[parameter][what] = tensor.to(parameter.device)
 
 
 @contextmanager

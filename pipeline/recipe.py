@@ -463,6 +463,9 @@ def _suggest(parts: list[str], step: str) -> str:
         "steps": [STEPS[step]] if step else [],
         "budget": [Budget],
     }
+    inner: dict[str, type[BaseModel]] = {"finetune": Training, "goal": Goal}
+    if len(parts) > 3 and parts[2] in inner:  # noqa: PLR2004 - steps.0.goal.speed
+        kinds["steps"] = [inner[parts[2]]]
     parent = parts[0] if len(parts) > 1 else ""
     known = [key for kind in kinds.get(parent, []) for key in kind.model_fields]
     close = difflib.get_close_matches(parts[-1], known, n=1)

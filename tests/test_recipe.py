@@ -92,7 +92,7 @@ def test_repeated_steps_are_numbered(tmp_path):
         ),
         (
             changed("steps", 0, {"step": "prune"}),
-            r"steps\.0: found no share of `heads` or `neurons`",
+            r"steps\.0: expected a share of `heads`, `neurons`, `layers` or `sublayers` above 0",
         ),
         (
             changed("steps", 1, "teacher", "orginal"),
