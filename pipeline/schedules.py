@@ -288,6 +288,10 @@ def _selection_score(work: Work, entry: Entry) -> float:
     def make(_: Path) -> dict[str, Any]:
         return {"score": training.score(work, checkpoint.from_pretrained(entry.folder))}
 
-    key = {"artifact": entry.digest, "selection": work.evidence("selection")}
+    key = {
+        "artifact": entry.digest,
+        "selection": work.evidence("selection"),
+        "metric": work.metric,
+    }
     found: float = work.make("selected", key, make).about["score"]
     return found

@@ -73,7 +73,7 @@ def key(work: Work, settings: Training, teacher: Artifact | None) -> dict[str, A
         "training": settings.model_dump(mode="json"),
         "teacher": teacher.entry.digest if teacher else None,
         "train": work.evidence("train"),
-        "selection": work.evidence("selection") if settings.patience else None,
+        "selection": [work.metric, work.evidence("selection")] if settings.patience else None,
         "seed": work.recipe.seed,
         "device": work.recipe.target.device,
         "processes": processes.count(),
