@@ -302,7 +302,8 @@ def _rate(step: int, total: int, warmup: float) -> float:
 def _share(batch: Sequence[Arrays], accelerator: Accelerator) -> tuple[Sequence[Arrays], float]:
     """Return this process's part of a batch, and the weight of its mean in that of the batch.
 
-    The weighted means of all processes, averaged, are the mean of the batch.
+    The weighted means of all processes, averaged, are the mean of the batch, of losses that are
+    means over windows; where they are means over tokens, a process with few of them counts more.
     """
     mine = batch[accelerator.process_index :: accelerator.num_processes]
     weight = len(mine) * accelerator.num_processes / len(batch)

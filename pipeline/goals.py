@@ -197,7 +197,8 @@ def _counts(group: Group, multiple: int) -> list[int]:
     whole = len(group.kept)
     step = multiple if group.kind == "neurons" else 1
     shares = np.linspace(1, 0, min(LEVELS, whole) + 1)
-    return sorted({min(whole, round(share * whole / step) * step) for share in shares})[::-1]
+    rounded = {min(whole, round(share * whole / step) * step) for share in shares}
+    return sorted({whole, *rounded, 0})[::-1]
 
 
 def _costs(

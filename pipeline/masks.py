@@ -149,8 +149,8 @@ class Masks:
         for handle in self._handles:
             handle.remove()
         for group in self._groups:
-            columns = masks[group.path].repeat_interleave(group.width)
-            structure.matrix(group.reader).mul_(columns)
+            weight = structure.matrix(group.reader)
+            weight.mul_(masks[group.path].repeat_interleave(group.width).to(weight.device))
 
     def _hook(self, group: Group) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         width = group.width

@@ -142,6 +142,8 @@ def choose_and_cut(
     """
     selfcheck.ensure(model)
     groups = [g for g in structure.groups(model) if g.kept and fractions.get(g.kind)]
+    if not groups:
+        return Choice({}, {}, {})
     refuse_repair(groups, repair)
     seen: Mapping[str, calibration.Moments] = {}
     if repair != "none" or criterion in MOMENTS:

@@ -228,6 +228,13 @@ class Prune(Strict):
                 "expected a share of `heads`, `neurons`, `layers` or `sublayers` above 0,"
                 " or a `goal`"
             )
+        if self.criterion in LEARNERS and self.finetune is not None and self.finetune.patience:
+            raise ValueError(
+                f"{self.criterion} cuts more and more while it learns, so that early scores are the"
+                " best; expected no `patience`"
+            )
+        if self.uniform and self.rounds > 1:
+            raise ValueError("found `uniform` and `rounds`, expected one of them")
         if (self.layers or self.sublayers) and (self.rounds > 1 or self.criterion in LEARNERS):
             raise ValueError(
                 f"layers and sublayers go at once, found rounds: {self.rounds} and criterion:"
@@ -407,6 +414,9 @@ def _missing_data(recipe: Recipe, step: Prune | Finetune, where: str) -> Iterato
         return
     if splits.calibration is None and step.calibrated:
         yield f"{where}: prune needs examples to score on, expected task.splits.calibration"
+    metric = METRICS[recipe.task.metric or TASKS[recipe.task.kind].metrics[0]]
+    if step.max_drop is not None and not metric.higher_is_better:
+        yield f"{where}.max_drop: perplexity grows when it gets worse; expected no max_drop"
     if step.max_drop is not None and splits.selection is None:
         yield f"{where}: max_drop needs examples to choose on, expected task.splits.selection"
 

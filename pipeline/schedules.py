@@ -13,6 +13,7 @@ from typing import Any, Final
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks.data import DataError
 from pipeline import (
     calibration,
     checkpoint,
@@ -20,6 +21,7 @@ from pipeline import (
     goals,
     native,
     prices,
+    processes,
     pruning,
     selfcheck,
     structure,
@@ -34,6 +36,10 @@ from pipeline.work import Artifact, Work
 
 CALIBRATION_BATCH: Final = 16
 """Windows a batch when units are scored and second moments taken."""
+
+
+class NothingToCut(ModelError):
+    """A share is too small to take a unit."""
 
 
 def prune(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -> Entry:
@@ -56,7 +62,7 @@ def prune(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -
 def finetune(work: Work, settings: Training, before: Artifact, teacher: Artifact | None) -> Entry:
     """Train, towards the teacher if there is one."""
 
-    def go(unfinished: Path | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def go(unfinished: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         model = checkpoint.from_pretrained(before.entry.folder)
         trained = training.train(work, settings, model, teacher, unfinished=unfinished)
         return model, training.details(trained)
@@ -66,7 +72,7 @@ def finetune(work: Work, settings: Training, before: Artifact, teacher: Artifact
         return work.write(model, folder, details)
 
     key = {"input": before.entry.digest} | training.key(work, settings, teacher)
-    return work.make("finetune", key, make, join=lambda: go(None))
+    return work.make("finetune", key, make, join=go)
 
 
 def _cut(work: Work, step: Prune, before: Artifact) -> Entry:
@@ -88,6 +94,8 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
         price = partial(prices.latency_ms, work=work, load=goal.load)
 
     def priced(models: goals.Variants) -> dict[str, float]:
+        if processes.count() > 1:  # they do not meet inside of what the first one makes
+            return dict(price(models))
         about = work.make("priced", costing, lambda _: dict(price(models))).about
         return {name: value for name, value in about.items() if name != "seconds"}
 
@@ -144,7 +152,7 @@ def _learn(
 ) -> Entry:
     """Train with masks, or watching the weights, and cut what that shows to be worth least."""
 
-    def go(unfinished: Path | None) -> tuple[PreTrainedModel, Movement | Masks, dict[str, Any]]:
+    def go(unfinished: Path) -> tuple[PreTrainedModel, Movement | Masks, dict[str, Any]]:
         model = checkpoint.from_pretrained(before.entry.folder)
         nn.Module.to(model, work.recipe.target.device)
         selfcheck.ensure(model)
@@ -161,7 +169,7 @@ def _learn(
         return work.write(model, folder, details | _choose_and_cut(work, step, model, learner))
 
     key = {"input": before.entry.digest} | _key(work, step) | training.key(work, settings, teacher)
-    return work.make("prune", key, make, join=lambda: go(None))
+    return work.make("prune", key, make, join=go)
 
 
 def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -> Entry:
@@ -175,10 +183,13 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
             kind: _share_of_rest(before.entry, now.entry, kind, share * at / step.rounds)
             for kind, share in _shares(step).items()
         }
-        if not any(shares.values()):
+        if not any(shares.values()) and not (step.layers or step.sublayers):
             continue
         part = {"rounds": 1, "finetune": None, "max_drop": None} | shares
-        entry = _cut(work, step.model_copy(update=part), now)
+        try:
+            entry = _cut(work, step.model_copy(update=part), now)
+        except NothingToCut:
+            continue  # too small a part for `multiple`, or every layer is at its last unit
         cut = entry.about
         if step.finetune is not None:
             entry = finetune(work, step.finetune, replace(now, entry=entry), teacher)
@@ -194,6 +205,9 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
         for path, units in cut["details"]["removed"].items():
             details["removed"][path] = sorted([*details["removed"].get(path, []), *units])
         details.setdefault("scores", cut["details"]["scores"])
+        details |= {k: v for k, v in cut["details"].items() if k.startswith("dropped_")}
+    if not rounds:
+        raise NothingToCut("prune: found nothing to cut in any round, expected a larger share")
     details |= {"rounds": rounds, "selection_before": reference}
     about = {**now.entry.about, "seconds": seconds, "details": details}
     return replace(now.entry, about=about)
@@ -238,7 +252,7 @@ def _choose_and_cut(
         track=work.track,
     )
     if not any(choice.removed.values()) and not any(depths.values()):
-        raise ModelError(
+        raise NothingToCut(
             f"prune: found nothing to cut with heads: {step.heads:g}, neurons: {step.neurons:g},"
             f" layers: {step.layers:g}, sublayers: {step.sublayers:g}, multiple: {step.multiple},"
             " expected a share that takes a unit; every layer keeps one"
@@ -250,6 +264,12 @@ def _choose_and_cut(
 
 def _held_out(work: Work) -> Iterator[calibration.Batch]:
     """Yield a part of the calibration data, to compare outputs on."""
+    found = len(work.examples("calibration"))
+    if found < calibration.HELD_OUT_EVERY:
+        raise DataError(
+            f"task.splits.calibration: found {found} examples, expected at least"
+            f" {calibration.HELD_OUT_EVERY}, of which one is held out"
+        )
     chosen = work.examples("calibration")[
         calibration.HELD_OUT_EVERY - 1 :: calibration.HELD_OUT_EVERY
     ]

@@ -51,7 +51,7 @@ class Store:
         key: Mapping[str, Any],
         make: Callable[[Path], Mapping[str, Any]],
         *,
-        join: Callable[[], object] | None = None,
+        join: Callable[[Path], object] | None = None,
     ) -> Entry:
         """Return the entry for `key`, made by `make(folder)` unless it is there already.
 
@@ -61,13 +61,14 @@ class Store:
             make: writes the entry's files into an empty folder, and says what is known of them.
                 What it puts beside that folder, at `kept(folder)`, is there again if it is killed
                 and called once more.
-            join: what the other processes of the run do while the first one makes the entry.
+            join: what the other processes of the run do while the first one makes the entry; it
+                gets the same folder, to read what is kept beside it.
         """
         label = f"{name}-{fingerprint(key)[:16]}"
-        folder = self._root / label
+        folder, unfinished = self._root / label, self._root / _HIDDEN / "unfinished" / label
         if not processes.leads():
             if processes.agree(0) and join is not None:
-                join()
+                join(unfinished)
             processes.agree(0)
             made = verify(folder)
             assert made is not None
@@ -75,6 +76,8 @@ class Store:
         with self._lock(label):
             entry = verify(folder)
             there = entry is not None and (label in self._made or not self._fresh)
+            if self._fresh:
+                kept(unfinished).unlink(missing_ok=True)
             processes.agree(not there)
             made = entry if there else self._make(label, entry, make)
             processes.agree(1)
@@ -88,8 +91,6 @@ class Store:
         folder, unfinished = self._root / label, self._root / _HIDDEN / "unfinished" / label
         shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
         unfinished.mkdir()
-        if self._fresh:
-            kept(unfinished).unlink(missing_ok=True)
         try:
             seal(unfinished, make(unfinished))
             if entry:

@@ -118,7 +118,7 @@ class Work:
         name: str,
         key: Mapping[str, Any],
         make: Callable[[Path], dict[str, Any]],
-        join: Callable[[], object] | None = None,
+        join: Callable[[Path], object] | None = None,
     ) -> Entry:
         """Return the entry of a stage; `make` writes it and says what is known of it.
 

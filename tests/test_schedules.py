@@ -58,6 +58,14 @@ def test_layers_and_sublayers_of_a_recipe(tmp_path):
     assert len(stage["heads"]) == len(stage["neurons"]) == 3
 
 
+@pytest.mark.parametrize("what", ["layers", "sublayers"])
+def test_depth_alone_is_cut_and_trained(tmp_path, what):
+    path = recipe(tmp_path, **{what: 0.34})
+    stage = last(run(path, tmp_path / "out"))
+    assert stage["details"][f"dropped_{what}"]
+    assert len(stage["details"]["rounds"]) == 1
+
+
 def test_a_round_that_costs_too_much_is_taken_back(tmp_path):
     path = recipe(tmp_path, heads=0.75, neurons=0.98, rounds=4, max_drop=0.01,
                   criterion="random", repair="none", finetune=None)  # fmt: skip
@@ -84,6 +92,8 @@ def test_a_criterion_that_learns_cuts_the_share(tmp_path, criterion):
     [
         ({"criterion": "movement", "finetune": None}, "learns while the model trains, expected"),
         ({"criterion": "exact-k", "rounds": 2}, "expected no `rounds` or `max_drop`"),
+        ({"criterion": "exact-k", "finetune": {"patience": 2}}, "expected no `patience`"),
+        ({"uniform": True, "rounds": 2}, "found `uniform` and `rounds`"),
         ({"layers": 0.5, "rounds": 2}, "layers and sublayers go at once, found rounds: 2"),
         ({"sublayers": 0.5, "uniform": True}, "found `sublayers` and `uniform`"),
         ({"finetune": {"teacher": "nobody"}}, r"steps.1.finetune.teacher: found .nobody."),
