@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ from transformers import PreTrainedModel
 from benchmarks.accuracy import Track, silent
 from pipeline import calibration, pruning, selfcheck, structure, surgery
 from pipeline.calibration import Batch
-from pipeline.distillation import imitation
+from pipeline.distillation import divergence
 
 Without = Callable[[], AbstractContextManager[None]]
 
@@ -117,20 +116,13 @@ def _greedy(
                 if name in gone or any({name} == names - set(gone) for names in keep_one):
                     continue
                 with candidate():
-                    divergences[name] = _divergence(model, dense, judged)
+                    divergences[name] = divergence(model, dense, judged)
             if not divergences:
                 break
             best = min(divergences, key=lambda name: divergences[name])
             gone[best] = divergences[best]
             without.enter_context(candidates[best]())
     return gone
-
-
-def _divergence(model: PreTrainedModel, dense: PreTrainedModel, judged: Sequence[Batch]) -> float:
-    found = [
-        float(imitation(model(**batch), dense(**batch), batch, temperature=1.0)) for batch in judged
-    ]
-    return float(np.mean(found))
 
 
 def _skipping(block: nn.Module) -> Without:

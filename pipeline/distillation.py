@@ -8,6 +8,7 @@ states, whose width no cut changes.
 C classes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,22 @@ def imitation(
         if name in outputs
     ]
     return torch.stack(found).sum()
+
+
+@torch.inference_mode()
+def divergence(
+    model: PreTrainedModel, dense: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]
+) -> float:
+    """Return KL(dense || model) of the outputs, the mean over batches, in nats.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    found = [imitation(model(**b), dense(**b), b, temperature=1.0) for b in batches]
+    mean = float(torch.stack(found).mean())
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"divergence: found {mean}, expected a number")
+    return mean
 
 
 def distillation(

@@ -21,7 +21,7 @@ from benchmarks.accuracy import Track, silent
 from pipeline import allocation, calibration, pruning, selfcheck, structure, surgery
 from pipeline.calibration import Batch
 from pipeline.criteria import CRITERIA
-from pipeline.distillation import imitation
+from pipeline.distillation import divergence
 from pipeline.pruning import Choice
 from pipeline.structure import Group, Kind
 
@@ -176,7 +176,6 @@ class _Trial:
         for group, weight in zip(self._groups, self._whole, strict=True):
             pruning.write_reader(group, weight)
 
-    @torch.inference_mode()
     def divergence(self, chosen: tuple[int, ...]) -> float:
         """Return KL(dense || model at these levels), the mean over batches, in nats."""
         for group, of_group, at, whole in zip(
@@ -185,11 +184,7 @@ class _Trial:
             masked = torch.zeros_like(whole)
             masked[:, pruning.columns(group, of_group[at].places)] = of_group[at].weight
             pruning.write_reader(group, masked)
-        found = [
-            float(imitation(self._model(**batch), self._dense(**batch), batch, temperature=1.0))
-            for batch in self._held_out
-        ]
-        return float(np.mean(found))
+        return divergence(self._model, self._dense, self._held_out)
 
 
 def _counts(group: Group, multiple: int) -> list[int]:

@@ -29,7 +29,8 @@ from pipeline.checkpoint import ModelError
 from pipeline.counting import nearest
 from pipeline.criteria import CRITERIA
 from pipeline.masks import LEARNERS
-from pipeline.recipe import Prune, Recipe, RecipeError
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.settings import Prune
 from pipeline.work import Work
 
 PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head and rest")

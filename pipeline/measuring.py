@@ -71,7 +71,7 @@ def alone(bench: Bench, folder: Path, digest: str) -> Alone:
     """Return accuracy, memory and first calls of the artifact in `folder`."""
 
     def make(target: Path) -> dict[str, Any]:
-        with _open(bench, folder) as worker:
+        with open_worker(bench, folder) as worker:
             first = [speed.first_call_ms(worker, load) for load in loads(bench)]
             # Before the evaluation, whose batches are not the target's loads.
             peak = worker.peak_rss_bytes()
@@ -107,7 +107,7 @@ def together(bench: Bench, folders: Mapping[str, Path]) -> Together:
     def make(_: Path) -> dict[str, Any]:
         with ExitStack() as stack:
             workers = {
-                digest: stack.enter_context(_open(bench, folder))
+                digest: stack.enter_context(open_worker(bench, folder))
                 for digest, folder in folders.items()
             }
             before = machine.pressure()
@@ -148,7 +148,8 @@ def _tokens(tokens: Any, window: Arrays, batch: int, length: int) -> Arrays:
     return inputs
 
 
-def _open(bench: Bench, folder: Path) -> Worker:
+def open_worker(bench: Bench, folder: Path) -> Worker:
+    """Return a fresh process with the artifact of a folder open in the target's runtime."""
     target = bench.target
     opener = OPENERS[target.runtime]
     return Worker(opener, folder, device=target.device, threads=target.threads)

@@ -2,7 +2,6 @@
 
 import tempfile
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +9,6 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from benchmarks import speed
-from benchmarks.worker import Worker
 from exporters import onnx
 from pipeline import checkpoint, counting, measuring
 from pipeline.goals import Variants
@@ -75,13 +73,10 @@ def latency_ms(models: Variants, *, work: Work, load: int) -> dict[str, float]:
         for start in work.track(starts, "timing levels", len(starts)):
             names = [first, *others[start : start + BESIDE]]
             with ExitStack() as stack:
-                open_ = partial(
-                    Worker,
-                    measuring.OPENERS[target.target.runtime],
-                    device=target.target.device,
-                    threads=target.target.threads,
-                )
-                workers = {name: stack.enter_context(open_(folders[name])) for name in names}
+                workers = {
+                    name: stack.enter_context(measuring.open_worker(target, folders[name]))
+                    for name in names
+                }
                 timed = speed.compare(workers, inputs, rounds=ROUNDS, seconds=SECONDS)
             medians = {name: float(np.median(np.concatenate(timed[name][0]))) for name in names}
             found.setdefault(first, medians[first])

@@ -19,8 +19,9 @@ from benchmarks.machine import Unavailable
 from exporters import onnx
 from pipeline import gate, processes, schedules, steps
 from pipeline.page import page
-from pipeline.recipe import Export, Finetune, Prune, Quantize, Recipe, trained
+from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
+from pipeline.settings import Export, Finetune, Prune, Quantize, trained
 from pipeline.stages import measure
 from pipeline.store import MANIFEST, publish, write_text
 from pipeline.work import Artifact, Work

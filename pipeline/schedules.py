@@ -4,7 +4,7 @@ Every round is two entries of the store, the cut model and the trained one, so t
 killed goes on in the round where it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from pipeline import (
 )
 from pipeline.checkpoint import ModelError
 from pipeline.masks import LEARNERS, Masks, Movement
-from pipeline.recipe import Goal, Prune, Training
+from pipeline.settings import Goal, Prune, Training
 from pipeline.store import Entry
 from pipeline.structure import Kind
 from pipeline.work import Artifact, Work
@@ -107,8 +107,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
 
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
-        examples = work.examples("calibration")
-        windows = sum(len(example.windows) for example in examples)
+        data, total = _calibration(work)
         try:
             reached = goals.reach(
                 model,
@@ -120,9 +119,9 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
                 multiple=step.multiple,
                 searched=goal.search,
                 seed=work.recipe.seed,
-                data=lambda: calibration.batches(examples, work.padding, CALIBRATION_BATCH),
+                data=data,
                 held_out=list(_held_out(work)),
-                total=-(-windows // CALIBRATION_BATCH),
+                total=total,
                 track=work.track,
             )
         except goals.OutOfReach as error:
@@ -217,13 +216,7 @@ def _choose_and_cut(
     work: Work, step: Prune, model: PreTrainedModel, learner: Movement | Masks | None = None
 ) -> dict[str, Any]:
     """Cut, and return what a report says of it."""
-    examples = work.examples("calibration") if step.calibrated else []
-    windows = sum(len(example.windows) for example in examples)
-    total = -(-windows // CALIBRATION_BATCH)
-
-    def data() -> Iterator[calibration.Batch]:
-        return calibration.batches(examples, work.padding, CALIBRATION_BATCH)
-
+    data, total = _calibration(work) if step.calibrated else (lambda: iter(()), 0)
     depths: dict[str, dict[str, float]] = {}
     judged = list(_held_out(work)) if step.layers or step.sublayers else []
     if step.layers:
@@ -260,6 +253,14 @@ def _choose_and_cut(
     if step.uniform:
         native.configure(model)
     return _details(model, choice) | {f"dropped_{what}": gone for what, gone in depths.items()}
+
+
+def _calibration(work: Work) -> tuple[Callable[[], Iterator[calibration.Batch]], int]:
+    """Return what gives the calibration batches, anew each time, and their number."""
+    examples = work.examples("calibration")
+    windows = sum(len(example.windows) for example in examples)
+    give = partial(calibration.batches, examples, work.padding, CALIBRATION_BATCH)
+    return give, -(-windows // CALIBRATION_BATCH)
 
 
 def _held_out(work: Work) -> Iterator[calibration.Batch]:

@@ -18,7 +18,8 @@ from exporters import onnx
 from pipeline import checkpoint, sources
 from pipeline.checkpoint import ModelError
 from pipeline.quantization import METHODS
-from pipeline.recipe import ORIGINAL, Finetune, Quantize
+from pipeline.recipe import ORIGINAL
+from pipeline.settings import Finetune, Quantize, trained
 from pipeline.store import MANIFEST, Entry
 from pipeline.work import Artifact, Work
 
@@ -53,6 +54,12 @@ def original(work: Work) -> Artifact:
         raise ModelError(
             f"{recipe.model.source}: found {kind}, expected a model trained for"
             f" {recipe.task.kind}; begin with a finetune step and name it under `baseline`"
+        )
+    taught = [trained(step) for step in recipe.steps]
+    if not work.has_head and any(t is not None and t.teacher == ORIGINAL for t in taught):
+        raise ModelError(
+            f"{recipe.model.source}: found the teacher {ORIGINAL!r}, whose head for"
+            f" {recipe.task.kind} is random, expected a stage that was trained"
         )
     key = {
         "model": sources.identity(work.source, recipe.model.revision),

@@ -12,7 +12,7 @@ from benchmarks.worker import InProcess
 from pipeline import checkpoint, processes
 from pipeline.distillation import Teacher
 from pipeline.finetuning import Learner, Trained, finetune
-from pipeline.recipe import Training
+from pipeline.settings import Training
 from pipeline.store import kept
 from pipeline.work import Artifact, Work
 

@@ -24,7 +24,8 @@ from benchmarks.tasks import TASKS, Arrays, Example, collate, label_names, paddi
 from pipeline import checkpoint, native, processes, pruning, selfcheck, sources, structure
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import ModelError
-from pipeline.recipe import Prune, Recipe
+from pipeline.recipe import Recipe
+from pipeline.settings import Prune
 from pipeline.store import Entry, Store, fingerprint
 
 # What these files say cannot change a stage's content.

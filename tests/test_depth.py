@@ -5,6 +5,7 @@ import torch
 from conftest import inputs, tiny
 
 from pipeline import depth, structure
+from pipeline.distillation import divergence
 
 
 def judged(model):
@@ -40,8 +41,7 @@ def test_the_divergence_that_is_told_is_that_of_the_cut_model(family):
     dense = tiny(family)
     batches = judged(model)
     gone = depth.drop_layers(model, 0.5, batches)
-    with torch.no_grad():
-        found = depth._divergence(model, dense, batches)
+    found = divergence(model, dense, batches)
     assert found == pytest.approx(list(gone.values())[-1], rel=1e-3)
 
 
@@ -58,8 +58,7 @@ def test_sublayers_go_as_a_whole(family, repair):
     left = {group.path: group.kept for group in structure.groups(model)}
     assert all(not left[path] for path in gone)
     if repair == "none":
-        with torch.no_grad():
-            found = depth._divergence(model, dense, batches)
+        found = divergence(model, dense, batches)
         assert found == pytest.approx(list(gone.values())[-1], rel=1e-3)
 
 

@@ -11,6 +11,7 @@ import yaml
 from conftest import secateur, write_recipe
 from safetensors.torch import load_file
 
+from pipeline.checkpoint import ModelError
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runner import run
 
@@ -156,3 +157,13 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
         if name.endswith("key.bias"):  # it changes no softmax: its gradient is rounding alone
             continue
         assert (tensor - two[name]).abs().max() < 1e-6, name
+
+
+def test_a_teacher_whose_head_is_random_is_refused(tmp_path):
+    path = recipe(tmp_path, heads=0.5, finetune=TRAINING | {"teacher": "original"})
+    config = tmp_path / "model" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"architectures": ["BertForMaskedLM"]})
+    )
+    with pytest.raises(ModelError, match="the teacher 'original', whose head .* is random"):
+        run(path, tmp_path / "out")

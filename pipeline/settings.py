@@ -1,0 +1,207 @@
+"""What a user writes of a step: the keys, their defaults, and what cannot stand together.
+
+A step's settings know nothing of the other steps, of the model, or of the data.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from exporters import formats
+from pipeline.compensation import REPAIRS
+from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
+from pipeline.masks import LEARNERS
+from pipeline.quantization import METHODS
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def one_of(known: Iterable[str]) -> AfterValidator:
+    """Return a check that a name is known, with a suggestion when it is not."""
+    names = sorted(known)
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(unknown(value, names))
+        return value
+
+    return AfterValidator(check)
+
+
+def unknown(value: str, names: Sequence[str]) -> str:
+    """Return what to say of a name that is none of `names`."""
+    close = difflib.get_close_matches(value, names, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"found {value!r}, expected one of {list(names)}{hint}"
+
+
+class Strict(BaseModel):
+    """Unknown keys are mistakes, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Training(Strict):
+    """How the model is trained; with a teacher, towards the teacher's outputs too."""
+
+    epochs: Positive = 1.0
+    learning_rate: Positive = 5e-5
+    batch_size: int = Field(default=32, ge=1)
+    warmup: Fraction = 0.1
+    """The share of the training in which the learning rate rises."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    freeze_embeddings: bool = False
+    """Leave the embedding tables as they are: less memory and time."""
+    teacher: str | None = None
+    """The stage whose outputs are imitated."""
+    temperature: Positive = 2.0
+    task_weight: float = Field(default=0.5, ge=0, le=1)
+    """The weight of the task's own loss beside the teacher's."""
+    hidden_weight: float = Field(default=0.0, ge=0)
+    """The weight of the distance between the hidden states of student and teacher."""
+    patience: int | None = Field(default=None, ge=1)
+    """Score the selection split at even distances, end after so many scores that are no better than
+    the best, and keep the best weights."""
+    evaluations: int = Field(default=10, ge=1)
+    """How often the selection split is scored, with `patience`."""
+
+
+class Goal(Strict):
+    """What a model may cost on the target after a prune step, by one of these measures."""
+
+    speedup: Annotated[float, Field(gt=1)] | None = None
+    latency_ms: Positive | None = None
+    multiply_adds: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share that is left."""
+    parameters: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share that is left."""
+    load: int = Field(default=0, ge=0)
+    """At which of the target's loads, by its place among them."""
+    units: tuple[Literal["heads", "neurons"], ...] = Field(("heads", "neurons"), min_length=1)
+    """What may go."""
+    search: int = Field(default=50, ge=0)
+    """Steps of the search on the divergence from the dense model's outputs."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        measures = ("speedup", "latency_ms", "multiply_adds", "parameters")
+        given = [name for name in measures if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"found {given or 'none'}, expected one of {list(measures)}")
+        return self
+
+
+class Prune(Strict):
+    """Cut heads and neurons out of the model."""
+
+    step: Literal["prune"]
+    heads: Fraction = 0.0
+    """The share of all head units that goes."""
+    neurons: Fraction = 0.0
+    """The share of all FFN neurons that goes."""
+    layers: Fraction = 0.0
+    """The share of all layers that goes, first of all."""
+    sublayers: Fraction = 0.0
+    """The share of all attentions and FFN that goes as a whole, before heads and neurons."""
+    goal: Goal | None = None
+    """In place of shares: what the model may cost; every layer gets a width of its own."""
+    criterion: Annotated[str, one_of([*CRITERIA, *LEARNERS])] = "importance"
+    repair: Annotated[str, one_of([*REPAIRS, "none"])] = "least-squares"
+    uniform: bool = False
+    """Cut alike in every layer, and write a folder that stock transformers loads."""
+    multiple: Annotated[int, Field(ge=1)] = 1
+    """The number of neurons left in a layer is rounded to a multiple of this."""
+    rounds: int = Field(default=1, ge=1)
+    """Go to the shares in so many rounds: score anew, cut, repair, train."""
+    finetune: Training | None = None
+    """The training of every round, or the one in which the criterion learns."""
+    max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Stop before the round that takes more than this from the score on the selection split."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the step needs calibration data."""
+        scored = self.criterion in GRADIENT | MOMENTS
+        judged = self.goal is not None or self.layers or self.sublayers
+        return bool(scored or self.repair != "none" or judged)
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """What goes of layers, sublayers, heads and neurons."""
+        return self.layers, self.sublayers, self.heads, self.neurons
+
+    @model_validator(mode="after")
+    def _cuts(self) -> Self:
+        if any(self.shares) == (self.goal is not None):
+            raise ValueError(
+                "expected a share of `heads`, `neurons`, `layers` or `sublayers` above 0,"
+                " or a `goal`"
+            )
+        if self.criterion in LEARNERS and self.finetune is not None and self.finetune.patience:
+            raise ValueError(
+                f"{self.criterion} cuts more and more while it learns, so that early scores are the"
+                " best; expected no `patience`"
+            )
+        if self.uniform and self.rounds > 1:
+            raise ValueError("found `uniform` and `rounds`, expected one of them")
+        if (self.layers or self.sublayers) and (self.rounds > 1 or self.criterion in LEARNERS):
+            raise ValueError(
+                f"layers and sublayers go at once, found rounds: {self.rounds} and criterion:"
+                f" {self.criterion}; use several prune steps"
+            )
+        if self.sublayers and self.uniform:
+            raise ValueError("found `sublayers` and `uniform`, expected one of them")
+        alone = self.criterion in LEARNERS or self.rounds > 1 or self.uniform
+        if self.goal is not None and (alone or self.max_drop is not None):
+            raise ValueError(
+                "goal: found a criterion that learns, or `rounds`, `max_drop` or `uniform`,"
+                " expected none of them beside a goal"
+            )
+        if self.criterion in LEARNERS and self.finetune is None:
+            raise ValueError(f"{self.criterion} learns while the model trains, expected `finetune`")
+        if self.criterion in LEARNERS and (self.rounds > 1 or self.max_drop is not None):
+            raise ValueError(
+                f"{self.criterion} learns in one training, expected no `rounds` or `max_drop`"
+            )
+        return self
+
+
+class Finetune(Training):
+    """Train the model."""
+
+    step: Literal["finetune"]
+
+
+class Quantize(Strict):
+    """Store, and where the runtime can, compute in fewer bits."""
+
+    step: Literal["quantize"]
+    method: Annotated[str, one_of(METHODS)] = "int8-dynamic"
+    embeddings: bool = False
+    """Quantize the embedding tables too."""
+
+
+class Export(Strict):
+    """Write the artifact in the format that is deployed."""
+
+    step: Literal["export"]
+    format: Annotated[str, one_of(formats())] = "onnx"
+
+
+STEPS: Final[Mapping[str, type[BaseModel]]] = {
+    "prune": Prune,
+    "finetune": Finetune,
+    "quantize": Quantize,
+    "export": Export,
+}
+Step = Annotated[Prune | Finetune | Quantize | Export, Field(discriminator="step")]
+
+
+def trained(step: BaseModel) -> Training | None:
+    """Return how a step trains, if it does."""
+    return (
+        step.finetune if isinstance(step, Prune) else step if isinstance(step, Finetune) else None
+    )
