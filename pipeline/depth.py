@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
-from pipeline import calibration, pruning, selfcheck, structure, surgery
+from pipeline import pruning, selfcheck, structure, surgery
 from pipeline.calibration import Batch
 from pipeline.distillation import divergence
 
@@ -84,15 +84,13 @@ def drop_sublayers(
     pruning.refuse_repair(groups.values(), repair)
     candidates = {path: _silencing(group.reader) for path, group in groups.items()}
     gone = _greedy(model, candidates, [], round(share * len(groups)), judged=judged, track=track)
-    seen: Mapping[str, calibration.Moments] = {}
-    if repair != "none" and gone:
-        readers = {path: groups[path].reader for path in gone}
-        seen = calibration.moments(model, readers, data(), total=total, track=track)
-    none = torch.arange(0)
+    none, weights = torch.arange(0), dict[str, Tensor]()
+    if repair != "none":
+        chosen = [groups[path] for path in gone]
+        for group, seen in pruning.second_moments(model, chosen, data, total=total, track=track):
+            weights[group.path] = pruning.repaired(group, seen, none, repair).weight
     for path in gone:
-        group = groups[path]
-        weight = pruning.repaired(group, seen[path], none, repair).weight if seen else None
-        pruning.cut_and_write(model, group, none, weight)
+        pruning.cut_and_write(model, groups[path], none, weights.get(path))
     return gone
 
 

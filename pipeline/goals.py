@@ -110,18 +110,15 @@ def reach(
             f"goal: found a cost of {fixed:.4g} with no units left, expected at most"
             f" {allowed:.4g} of {dense_cost:.4g}; choose a nearer goal"
         )
-    readers = {group.path: group.reader for group in groups}
-    seen = calibration.moments(model, readers, data(), total=total, track=track)
-    known = pruning.gather(
-        model, groups, criterion, data, seen=seen, seed=seed, total=total, track=track
-    )
-    scores = {group.path: CRITERIA[criterion](known(group)) for group in groups}
-    levels = [
-        [_level(group, scores[group.path], count, seen[group.path], repair) for count in of_group]
-        for group, of_group in track(
-            list(zip(groups, counts, strict=True)), "repairing levels", len(groups)
-        )
-    ]
+    known = pruning.gather(model, groups, criterion, data, seed=seed, total=total, track=track)
+    scores: dict[str, Tensor] = {}
+    levels: list[list[_Level]] = []
+    moments = pruning.second_moments(model, groups, data, total=total, track=track)
+    for (group, seen), wanted in track(
+        zip(moments, counts, strict=True), "repairing levels", len(groups)
+    ):
+        scores[group.path] = CRITERIA[criterion](known(group, seen))
+        levels.append([_level(group, scores[group.path], count, seen, repair) for count in wanted])
     errors = [np.array([level.error for level in of_group]) for of_group in levels]
     first: list[float] = []
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from matplotlib.figure import Figure
 from torch import nn
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
 from pipeline import (
-    calibration,
     checkpoint,
     counting,
     pruning,
@@ -126,18 +125,11 @@ def head_scores(recipe: Recipe, *, track: Track = silent) -> dict[str, list[floa
         model = checkpoint.from_pretrained(steps.original(work).entry.folder)
         selfcheck.ensure(model)
         groups = [g for g in structure.groups(model) if g.kind == "heads" and g.kept]
-        examples, size = work.examples("calibration"), schedules.CALIBRATION_BATCH
-        windows = sum(len(example.windows) for example in examples)
-        known = pruning.gather(
-            model,
-            groups,
-            criterion,
-            lambda: calibration.batches(examples, work.padding, size),
-            seed=recipe.seed,
-            total=-(-windows // size),
-            track=track,
-        )
-        return {group.path: CRITERIA[criterion](known(group)).tolist() for group in groups}
+        data, total = schedules.calibration_batches(work)
+        options: dict[str, Any] = {"total": total, "track": track}
+        known = pruning.gather(model, groups, criterion, data, seed=recipe.seed, **options)
+        found = pruning.score(model, groups, criterion, known, data, **options)
+        return {path: of_group.tolist() for path, of_group in found.items()}
 
 
 def draw(scores: Mapping[str, Sequence[float]], path: Path) -> None:

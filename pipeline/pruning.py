@@ -3,8 +3,10 @@
 U units, w inputs of a unit.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -145,33 +147,29 @@ def choose_and_cut(
     if not groups:
         return Choice({}, {}, {})
     refuse_repair(groups, repair)
-    seen: Mapping[str, calibration.Moments] = {}
-    if repair != "none" or criterion in MOMENTS:
-        readers = {group.path: group.reader for group in groups}
-        seen = calibration.moments(model, readers, data(), total=total, track=track)
-    known = gather(model, groups, criterion, data, seen=seen, seed=seed, total=total, track=track)
-    scores = dict(learned or {g.path: CRITERIA[criterion](known(g)) for g in groups})
+    known = gather(model, groups, criterion, data, seed=seed, total=total, track=track)
+    scores = dict(learned or score(model, groups, criterion, known, data, total=total, track=track))
     lowest: dict[str, Tensor] = {}
     for kind, fraction in fractions.items():
         of_kind = {group.path: scores[group.path] for group in groups if group.kind == kind}
         rounded = multiple if kind == "neurons" else 1
         lowest |= choose(of_kind, fraction, uniform=uniform, multiple=rounded)
     if criterion in SWAPS:
-        lowest = {g.path: SWAPS[criterion](known(g), lowest[g.path]) for g in groups}
+        lowest = {g.path: SWAPS[criterion](known(g, None), lowest[g.path]) for g in groups}
 
-    removed, repairs = {}, {}
-    for group in track(groups, "cutting", len(groups)):
-        gone = set(lowest[group.path].tolist())
-        if not gone:
-            continue
-        places = torch.tensor([at for at in range(len(group.kept)) if at not in gone])
-        weight = None
-        if repair != "none":
-            mended = repaired(group, seen[group.path], places, repair)
-            repairs[group.path] = (mended.error_before, mended.error_after)
-            weight = mended.weight
-        removed[group.path] = [group.kept[at] for at in sorted(gone)]
-        cut_and_write(model, group, places, weight)
+    cut = [group for group in groups if len(lowest[group.path])]
+    places = {group.path: _others(lowest[group.path], len(group.kept)) for group in cut}
+    weights: dict[str, Tensor] = {}
+    repairs: dict[str, tuple[float, float]] = {}
+    if repair != "none":
+        moments = second_moments(model, cut, data, total=total, track=track)
+        for group, seen in track(moments, "repairing", len(cut)):
+            mended = repaired(group, seen, places[group.path], repair)
+            weights[group.path] = mended.weight.float()
+            repairs[group.path] = mended.error_before, mended.error_after
+    removed = {g.path: [g.kept[at] for at in lowest[g.path].sort().values] for g in cut}
+    for group in cut:
+        cut_and_write(model, group, places[group.path], weights.get(group.path))
     return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
 
 
@@ -184,46 +182,94 @@ def refuse_repair(groups: Iterable[Group], repair: str) -> None:
             )
 
 
+Known = Callable[[Group, calibration.Moments | None], Evidence]
+"""Tells what a criterion needs to know of a group, given its reader's second moments."""
+
+
 def gather(
     model: PreTrainedModel,
     groups: Sequence[Group],
     criterion: str,
     data: Callable[[], Iterable[calibration.Batch]],
     *,
-    seen: Mapping[str, calibration.Moments] | None = None,
     seed: int = 0,
     total: int,
     track: Track = silent,
-) -> Callable[[Group], Evidence]:
-    """Return a function that tells what a criterion needs to know of a group.
+) -> Known:
+    """Return what tells a criterion of the groups; all data are gone through at once.
 
-    All data are gone through at once, but weights are copied of the group that is asked for alone.
-    The groups have to be of different paths: heads and query heads of an attention are not. `seen`
-    are their readers' second moments, if they are known already; the rest is as for
-    `choose_and_cut`.
+    Weights are copied of the group that is asked for alone. The groups have to be of different
+    paths: heads and query heads of an attention are not. The rest is as for `choose_and_cut`.
     """
-    readers = {group.path: group.reader for group in groups}
     gradients: Mapping[str, Tensor] = {}
     if criterion in GRADIENT:
+        readers = {group.path: group.reader for group in groups}
         counts = {group.path: len(group.kept) for group in groups}
         gradients = calibration.mask_gradients(
             model, readers, counts, data(), total=total, track=track
         )
-    if criterion in MOMENTS and not seen:
-        seen = calibration.moments(model, readers, data(), total=total, track=track)
-    moments = {path: both.fit for path, both in (seen or {}).items()}
     generator = torch.Generator().manual_seed(seed)
 
-    def known(group: Group) -> Evidence:
+    def known(group: Group, seen: calibration.Moments | None) -> Evidence:
         return Evidence(
             structure.by_unit(group),
             gradients.get(group.path),
             reader(group),
-            moments.get(group.path),
+            seen.fit if seen else None,
             generator,
         )
 
     return known
+
+
+def score(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    criterion: str,
+    known: Known,
+    data: Callable[[], Iterable[calibration.Batch]],
+    *,
+    total: int,
+    track: Track = silent,
+) -> dict[str, Tensor]:
+    """Return the scores `(U,)` of each group's units by its path; `known` is what `gather` gave."""
+    if criterion in MOMENTS:
+        moments = second_moments(model, groups, data, total=total, track=track)
+        return {group.path: CRITERIA[criterion](known(group, seen)) for group, seen in moments}
+    return {group.path: CRITERIA[criterion](known(group, None)) for group in groups}
+
+
+MOMENTS_BYTES: Final = 1 << 30
+"""Second moments of so many bytes are held at once, or those of one reader if they are larger."""
+
+
+def second_moments(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    data: Callable[[], Iterable[calibration.Batch]],
+    *,
+    total: int,
+    track: Track = silent,
+) -> Iterator[tuple[Group, calibration.Moments]]:
+    """Yield each group with the second moments of its reader's input.
+
+    The data are gone through once for as many groups as `MOMENTS_BYTES` hold: memory grows with
+    the width of the model, not with its depth.
+    """
+    sizes = [2 * 8 * (structure.matrix(group.reader).shape[1] + 1) ** 2 for group in groups]
+    parts: list[list[Group]] = []
+    held = math.inf
+    for group, size in zip(groups, sizes, strict=True):
+        if held + size > MOMENTS_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(group)
+        held += size
+    for part in parts:
+        readers = {group.path: group.reader for group in part}
+        seen = calibration.moments(model, readers, data(), total=total, track=track)
+        for group in part:
+            yield group, seen.pop(group.path)
 
 
 def choose(
@@ -259,6 +305,13 @@ def _lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, int]:
             gone[path] += 1
             wanted -= 1
     return gone
+
+
+def _others(places: Tensor, count: int) -> Tensor:
+    """Return the places below `count` that are not among these, in their order."""
+    there = torch.ones(count, dtype=torch.bool)
+    there[places] = False
+    return there.nonzero()[:, 0]
 
 
 def reader(group: Group) -> Tensor:

@@ -107,7 +107,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
 
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
-        data, total = _calibration(work)
+        data, total = calibration_batches(work)
         try:
             reached = goals.reach(
                 model,
@@ -216,7 +216,7 @@ def _choose_and_cut(
     work: Work, step: Prune, model: PreTrainedModel, learner: Movement | Masks | None = None
 ) -> dict[str, Any]:
     """Cut, and return what a report says of it."""
-    data, total = _calibration(work) if step.calibrated else (lambda: iter(()), 0)
+    data, total = calibration_batches(work) if step.calibrated else (lambda: iter(()), 0)
     depths: dict[str, dict[str, float]] = {}
     judged = list(_held_out(work)) if step.layers or step.sublayers else []
     if step.layers:
@@ -255,7 +255,7 @@ def _choose_and_cut(
     return _details(model, choice) | {f"dropped_{what}": gone for what, gone in depths.items()}
 
 
-def _calibration(work: Work) -> tuple[Callable[[], Iterator[calibration.Batch]], int]:
+def calibration_batches(work: Work) -> tuple[Callable[[], Iterator[calibration.Batch]], int]:
     """Return what gives the calibration batches, anew each time, and their number."""
     examples = work.examples("calibration")
     windows = sum(len(example.windows) for example in examples)

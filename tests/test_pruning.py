@@ -11,6 +11,7 @@ from pipeline import (
     prune_layers,
     prune_neurons,
     prune_queries,
+    pruning,
     save_pretrained,
     structure,
     units,
@@ -236,6 +237,53 @@ def test_one_of_two_equal_heads_is_free_when_repaired():
     error_before, error_after = choice.repairs[first.path]
     assert error_after < 1e-3 * error_before
     torch.testing.assert_close(logits(model), before, atol=1e-2, rtol=1e-2)
+
+
+def test_a_head_that_others_add_up_to_is_free_when_repaired():
+    model = tiny("bert")
+    first = next(group for group in structure.groups(model) if group.kind == "heads")
+    attention = model.bert.encoder.layer[0].attention.self
+    for linear, owners in first.writers:
+        for tensor in linear.parameters():
+            parts = [tensor.data[owners == head] for head in (2, 3)]
+            for head in (1, 3):  # these three look at the same tokens
+                tensor.data[owners == head] = parts[0]
+            if linear is attention.value:
+                tensor.data[owners == 3] = parts[1]
+                tensor.data[owners == 1] = parts[0] - 2 * parts[1]
+    before = logits(model)
+    choice = cut_one_head(model, "reconstruction", "least-squares")
+    assert [numbers for numbers in choice.removed.values() if numbers] in ([[1]], [[2]], [[3]])
+    assert list(choice.removed) == [first.path]
+    torch.testing.assert_close(logits(model), before, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("criterion", ["importance", "reconstruction"])
+def test_second_moments_of_a_few_layers_at_once_give_the_same_cut(criterion, monkeypatch):
+    found = []
+    for held in (pruning.MOMENTS_BYTES, 1):
+        monkeypatch.setattr(pruning, "MOMENTS_BYTES", held)
+        model, passes = tiny("bert"), []
+
+        def data():
+            passes.append(1)  # noqa: B023 - called in this turn alone
+            return iter(
+                [{**batch(length), "labels": torch.tensor([0, 1])} for length in range(7, 12)]
+            )
+
+        choose_and_cut(
+            model,
+            {"heads": 0.5, "neurons": 0.5},
+            criterion=criterion,
+            repair="least-squares",
+            data=data,
+            total=5,
+        )
+        found.append((len(passes), logits(model)))
+    (once, expected), (often, parted) = found
+    assert torch.equal(expected, parted)
+    assert once == 2
+    assert often == (1 if criterion == "importance" else 6) + 6
 
 
 def test_a_bias_that_is_not_there_cannot_be_repaired():

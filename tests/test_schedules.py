@@ -165,5 +165,5 @@ def test_a_teacher_whose_head_is_random_is_refused(tmp_path):
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"architectures": ["BertForMaskedLM"]})
     )
-    with pytest.raises(ModelError, match="the teacher 'original', whose head .* is random"):
+    with pytest.raises(ModelError, match=r"the teacher 'original', whose head .* is random"):
         run(path, tmp_path / "out")
