@@ -204,8 +204,9 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
                         " move it before"
                     )
                 yield from _missing_data(recipe, step, where)
-            case Quantize() if exported and exported.startswith("quantize"):
-                yield f"{where}: the model is quantized already by {exported}; keep one of them"
+            case Quantize():
+                yield from _quantize_mistakes(step, exported, where)
+                yield from _missing_data(recipe, step, where)
         training, at = trained(step), "" if isinstance(step, Finetune) else ".finetune"
         if training is not None and training.teacher not in (None, *earlier):
             yield f"{where}{at}.teacher: {unknown(str(training.teacher), earlier)}"
@@ -222,7 +223,17 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
     yield from _budget_mistakes(recipe)
 
 
-def _missing_data(recipe: Recipe, step: Prune | Finetune, where: str) -> Iterator[str]:
+def _quantize_mistakes(step: Quantize, exported: str | None, where: str) -> Iterator[str]:
+    if exported and exported.startswith("quantize"):
+        yield f"{where}: the model is quantized already by {exported}; keep one of them"
+    elif exported and step.standard:
+        yield (
+            f"{where}: {step.method} starts from a graph of standard operators, found one that"
+            f" {exported} fused; leave that step out"
+        )
+
+
+def _missing_data(recipe: Recipe, step: Prune | Finetune | Quantize, where: str) -> Iterator[str]:
     splits = recipe.task.splits
     training = trained(step)
     if training is not None and splits.train is None:
@@ -232,7 +243,10 @@ def _missing_data(recipe: Recipe, step: Prune | Finetune, where: str) -> Iterato
     if isinstance(step, Finetune):
         return
     if splits.calibration is None and step.calibrated:
-        yield f"{where}: prune needs examples to score on, expected task.splits.calibration"
+        needs = "prune needs examples to score on"
+        if isinstance(step, Quantize):
+            needs = f"{step.method} with these settings needs examples to calibrate on"
+        yield f"{where}: {needs}, expected task.splits.calibration"
     metric = METRICS[recipe.task.metric or TASKS[recipe.task.kind].metrics[0]]
     if step.max_drop is not None and not metric.higher_is_better:
         yield f"{where}.max_drop: perplexity grows when it gets worse; expected no max_drop"

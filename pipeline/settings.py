@@ -14,6 +14,7 @@ from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
 from pipeline.masks import LEARNERS
 from pipeline.quantization import METHODS
+from pipeline.weight_only import ALGORITHMS, ASYMMETRIC, CALIBRATED
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -176,12 +177,53 @@ class Finetune(Training):
 
 
 class Quantize(Strict):
-    """Store, and where the runtime can, compute in fewer bits."""
+    """Store, and where the runtime can, compute in fewer bits; what a key does depends on it."""
 
     step: Literal["quantize"]
     method: Annotated[str, one_of(METHODS)] = "int8-dynamic"
     embeddings: bool = False
     """Quantize the embedding tables too."""
+    migration: Fraction = 0.0
+    """How much of what is hard to quantize moves from activations to weights (SmoothQuant)."""
+    algorithm: Annotated[str, one_of(ALGORITHMS)] = "rtn"
+    """How weights are rounded."""
+    block_size: Literal[16, 32, 64, 128, 256] = 32
+    """Weights that share a scale."""
+    symmetric: bool = True
+    """No zero points."""
+    portable: bool = False
+    """Standard ONNX operators alone, as other runtimes want them."""
+    max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Leave the layers that lose most as they are, until no more than this is lost of the score on
+    the selection split."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the step needs calibration data."""
+        method = METHODS[self.method]
+        return method.calibrated or self.migration > 0 or self.algorithm in CALIBRATED
+
+    @property
+    def standard(self) -> bool:
+        """Whether the graph that is quantized has standard operators alone."""
+        return self.portable or METHODS[self.method].standard
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        known = METHODS[self.method].options
+        useless = sorted(self.model_fields_set - known - {"step", "method", "max_drop"})
+        if useless:
+            raise ValueError(
+                f"found {useless} with {self.method}, expected none but {sorted(known)}"
+            )
+        if self.algorithm in ASYMMETRIC and "symmetric" in self.model_fields_set and self.symmetric:
+            raise ValueError(f"{self.algorithm} has zero points, expected no `symmetric: true`")
+        if self.portable and self.algorithm != "rtn":
+            raise ValueError(
+                f"found `portable` and {self.algorithm}, expected rtn, the one algorithm that"
+                " onnxruntime writes with standard operators"
+            )
+        return self
 
 
 class Export(Strict):

@@ -6,22 +6,32 @@ file of their own, schedules.py.
 """
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from benchmarks.accuracy import once
+from benchmarks import metrics
+from benchmarks.accuracy import Outcomes, evaluate, fidelity, once
+from benchmarks.data import DataError
+from benchmarks.tasks import Arrays, collate
+from benchmarks.worker import InProcess
 from exporters import onnx
-from pipeline import checkpoint, sources
+from pipeline import checkpoint, mixed, quantization, sources
 from pipeline.checkpoint import ModelError
-from pipeline.quantization import METHODS
 from pipeline.recipe import ORIGINAL
 from pipeline.settings import Finetune, Quantize, trained
 from pipeline.store import MANIFEST, Entry
 from pipeline.work import Artifact, Work
+
+CALIBRATION_BATCH: Final = 16
+FEWEST_WINDOWS: Final = 32
+"""The fewest windows from which the ranges of activations are taken."""
 
 
 def original(work: Work) -> Artifact:
@@ -86,10 +96,14 @@ def _check_vocabulary(work: Work, model: PreTrainedModel) -> None:
         )
 
 
-def export(work: Work, before: Artifact) -> Entry:
-    """Return the artifact as ONNX, fused for the target's provider; one that is ONNX is done."""
+def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
+    """Return the artifact as ONNX, one that is ONNX as it is.
+
+    It is fused for the target's provider, or else of `standard` operators alone.
+    """
     if before.format == "onnx":
         return before.entry
+    fuse_for = None if standard else work.recipe.target.device
 
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
@@ -100,41 +114,97 @@ def export(work: Work, before: Artifact) -> Entry:
             work.samples(),
             axes=work.task.axes,
             path=folder / onnx.MODEL,
-            fuse_for=work.recipe.target.device,
+            fuse_for=fuse_for,
         )
         difference = once(work.track, "exporting", export)
         _copy_around(before.entry.folder, folder)
         return _known(before) | {"details": {"difference_to_torch": difference}}
 
-    key = {"input": before.entry.digest, "export": "onnx", "device": work.recipe.target.device}
+    key = {"input": before.entry.digest, "export": "onnx", "fused_for": fuse_for}
     return work.make("onnx", key, make)
 
 
 def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     """Return the artifact as quantized ONNX."""
-    source = export(work, before)
+    source = export(work, before, standard=step.standard)
+    reduce_range = work.machine.saturates and not step.portable  # that is for another runtime
+    options = quantization.Options(
+        **step.model_dump(exclude={"step", "method", "max_drop"}),
+        reduce_range=reduce_range,
+        calibration=partial(_calibration, work),
+    )
 
     def make(folder: Path) -> dict[str, Any]:
-        (folder / onnx.MODEL).parent.mkdir()
-        reduce_range = work.machine.saturates
+        path = folder / onnx.MODEL
+        path.parent.mkdir()
+        details: dict[str, Any] = {"reduce_range": reduce_range}
+        chosen = options
+        if step.max_drop is not None:
+            left, divergences = _leave_out(work, step, options, source.folder / onnx.MODEL)
+            details |= {"left": left, "divergences": divergences}
+            layers = quantization.layers(source.folder / onnx.MODEL)
+            chosen = replace(options, left=frozenset(n for name in left for n in layers[name]))
         quantize = partial(
-            METHODS[step.method],
-            source.folder / onnx.MODEL,
-            folder / onnx.MODEL,
-            embeddings=step.embeddings,
-            reduce_range=reduce_range,
+            quantization.quantize, source.folder / onnx.MODEL, path, step.method, chosen
         )
-        count = once(work.track, "quantizing", quantize)
+        details["quantized_nodes"] = once(work.track, "quantizing", quantize)
         _copy_around(source.folder, folder)
-        details = {"integer_products": count, "reduce_range": reduce_range}
         return _known(before) | {"details": details}
 
     key = {
         "step": step.model_dump(mode="json"),
         "input": source.digest,
-        "reduce_range": work.machine.saturates,
+        "reduce_range": reduce_range,
+        "data": work.evidence("calibration") if step.calibrated else None,
+        "selection": [work.metric, work.evidence("selection")] if step.max_drop else None,
     }
     return work.make("quantize", key, make)
+
+
+def _leave_out(
+    work: Work, step: Quantize, options: quantization.Options, source: Path
+) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Return the layers to leave as they are, and what each does if it is quantized alone."""
+    assert step.max_drop is not None
+    layers = quantization.layers(source)
+    examples = work.examples("selection")
+
+    def outcomes(path: Path) -> Outcomes:
+        worker = InProcess(onnx.predictor(path, device="cpu", threads=work.threads))
+        return evaluate(worker, work.task, examples, work.padding)
+
+    before = outcomes(source)
+    reference = metrics.score(work.metric, before.columns)
+
+    def measure(left: frozenset[str]) -> mixed.Loss:
+        nodes = frozenset(node for name in left for node in layers[name])
+        with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+            path = Path(folder, onnx.MODEL.name)
+            try:
+                quantization.quantize(source, path, step.method, replace(options, left=nodes))
+            except quantization.QuantizationError:  # the one layer that is not left cannot be
+                return mixed.Loss(0.0, 0.0)
+            after = outcomes(path)
+        lost = reference - metrics.score(work.metric, after.columns)
+        kl_mean = fidelity(before, after, None).kl_mean
+        return mixed.Loss(lost, lost if kl_mean is None else kl_mean)
+
+    try:
+        return mixed.leave_out(list(layers), measure, step.max_drop, work.track)
+    except mixed.OutOfReach as error:
+        raise quantization.QuantizationError(str(error)) from error
+
+
+def _calibration(work: Work) -> Iterator[Arrays]:
+    """Yield the inputs of the calibration split, batch by batch."""
+    windows = [w.inputs for example in work.examples("calibration") for w in example.windows]
+    if len(windows) < FEWEST_WINDOWS:
+        raise DataError(
+            f"task.splits.calibration: found {len(windows)} windows, expected at least"
+            f" {FEWEST_WINDOWS} to find the ranges of activations on"
+        )
+    for start in range(0, len(windows), CALIBRATION_BATCH):
+        yield collate(windows[start : start + CALIBRATION_BATCH], work.padding)
 
 
 def _known(before: Artifact) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from exporters import ExportError, MissingDependency
 from exporters import onnx as exporter
 from exporters.onnx import graph, session
 from pipeline import prune_heads, prune_neurons
-from pipeline.quantization import INTEGER_OPERATORS, METHODS, QuantizationError
 
 AXES = ("batch", "sequence")
 
@@ -181,44 +180,16 @@ def test_the_formats_are_the_modules():
     assert exporters.formats() == ["onnx"]
 
 
-@pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("method", METHODS)
-def test_quantized_weights_are_small_and_near(tmp_path, exported, family, method, embeddings):
-    source, target = exported(family)[0], tmp_path / "quantized.onnx"
-    count = METHODS[method](source, target, embeddings=embeddings, reduce_range=False)
-    graph = onnx.load(target).graph
-    assert count == sum(node.op_type in INTEGER_OPERATORS for node in graph.node)
-    # Query, key and value may be one product; output and two of the FFN are not.
-    assert count >= 3 * 4
-    assert target.stat().st_size < source.stat().st_size
-    exact, near = (
-        exporter.predictor(path, device="cpu", threads=1)(inputs(4, 9))["logits"]
-        for path in (source, target)
-    )
-    assert np.corrcoef(exact.ravel(), near.ravel())[0, 1] > 0.95
-
-
-def test_embeddings_shrink_only_when_asked(tmp_path, exported):
-    source, _ = exported("bert")
-    sizes = []
-    for embeddings in (False, True):
-        METHODS["int8-dynamic"](
-            source, tmp_path / "q.onnx", embeddings=embeddings, reduce_range=False
-        )
-        sizes.append((tmp_path / "q.onnx").stat().st_size)
-    table = 32 * (99 + 64 + 2)  # words, positions and types; one byte for four
-    assert sizes[0] - sizes[1] == pytest.approx(3 * table, rel=0.1)
-
-
-def test_nothing_to_quantize_is_an_error(tmp_path):
-    node = onnx.helper.make_node("Relu", ["x"], ["y"])
-    ports = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2]) for n in "xy"]
-    graph = onnx.helper.make_graph([node], "g", ports[:1], ports[1:])
-    opset = [onnx.helper.make_opsetid("", 21)]
-    onnx.save(
-        onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "m.onnx"
-    )
-    with pytest.raises(QuantizationError, match="found no matrix product"):
-        METHODS["int8-dynamic"](
-            tmp_path / "m.onnx", tmp_path / "q.onnx", embeddings=False, reduce_range=False
-        )
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_products_are_named_after_their_modules(family, exported):
+    constants = {
+        x.name for x in onnx.load(exported(family)[0]).graph.initializer if len(x.dims) == 2
+    }
+    named = [
+        node.name
+        for node in onnx.load(exported(family)[0]).graph.node
+        if node.op_type in {"MatMul", "Gemm"} and node.input[1] in constants
+    ]
+    modules = dict(pruned(family).named_modules())
+    assert set(named) <= set(modules)
+    assert len(set(named)) == len(named) >= 3 * 4

@@ -41,7 +41,7 @@ class _Calls(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model, self.config = model, model.config
+        self.called, self.config = model, model.config
 
 
 class Decoder(_Calls):
@@ -52,7 +52,7 @@ class Decoder(_Calls):
     ) -> dict[str, Tensor | dict[str, Pair]]:
         """Return `logits` `(B, L, V)` and the cache of all tokens."""
         cache = _cache([*past_key_values.values()])
-        logits = self.model(past_key_values=cache, use_cache=True, **given).logits
+        logits = self.called(past_key_values=cache, use_cache=True, **given).logits
         return {"logits": logits, "present": _layers(cache)}
 
 
@@ -65,7 +65,7 @@ class Encoder(_Calls):
         # They do not depend on the decoder's tokens; what does, is left out of the graph.
         rows = next(iter(given.values())).shape[0]  # len() would make a constant of it
         tokens = torch.zeros(rows, 1, dtype=torch.long)
-        self.model(**given, decoder_input_ids=tokens, past_key_values=cache, use_cache=True)
+        self.called(**given, decoder_input_ids=tokens, past_key_values=cache, use_cache=True)
         crossed = _layers(cache.cross_attention_cache)
         return {"present": {at: {"encoder": layer} for at, layer in crossed.items()}}
 
@@ -82,7 +82,7 @@ class CrossDecoder(_Calls):
         """Return `logits` `(B, L, V)` and the decoder's own cache of all tokens."""
         given = [layer.get("encoder") for layer in past_key_values.values()]
         length = next((layer["key"].shape[2] for layer in given if layer), None)
-        weights = next(self.model.parameters())
+        weights = next(self.called.parameters())
         rows = input_ids.shape[0]
         none = weights.new_zeros(rows, 1, 1, 1)
         cache = EncoderDecoderCache(
@@ -92,7 +92,7 @@ class CrossDecoder(_Calls):
         cache.is_updated = dict.fromkeys(range(len(given)), True)
         # Its keys and values are given; all that is still read of the encoder's states is the size.
         states = weights.new_zeros(rows, 1 if length is None else length, self.config.hidden_size)
-        outputs = self.model(
+        outputs = self.called(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=None if length is None else encoder_attention_mask,
             decoder_input_ids=input_ids,

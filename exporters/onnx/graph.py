@@ -10,13 +10,19 @@ import io
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import onnx
+
 EXTERNAL_BYTES: Final = 1 << 30
 """From this size on the weights lie in a file of their own; protobuf ends at 2 GiB."""
 OPSET: Final = 21
+MATRIX: Final = 2
+PLACES: Final[Mapping[str, int]] = {"MatMul": 1, "Gemm": 1, "Gather": 0}
+"""The place of a constant matrix among an operator's inputs."""
 LONGEST: Final = 1 << 20
 
 Provider = Literal["cpu", "cuda"]
@@ -73,6 +79,7 @@ def write(
     with quiet():
         program = OnnxExporter().export(module, dict(inputs), config=options).program
         rename_axes(program, axes)
+        name_nodes(program, getattr(module, "called", module))
         save(program, path)
 
 
@@ -111,6 +118,36 @@ def rename_axes(program: Any, axes: Axes) -> None:
                         value.shape[at] = onnx_ir.SymbolicDim(text)
 
 
+def name_nodes(program: Any, module: Any) -> None:
+    """Name the nodes that read a constant matrix after the module that it comes from.
+
+    A matrix that several modules were packed into has the name of the first; one that is none of
+    the module's keeps its name. Only so can layers be left out of what is done to a graph later.
+    """
+    modules: dict[bytes, str] = {}
+    for name, inner in module.named_modules():
+        weight = getattr(inner, "weight", None)
+        if weight is not None and weight.dim() == MATRIX and weight.numel():
+            of_first_output = weight[:, 0] if "Conv1D" in type(inner).__name__ else weight[0]
+            modules.setdefault(of_first_output.detach().cpu().numpy().tobytes(), name)
+    given: Counter[str] = Counter()
+    for node in program.graph:
+        place = PLACES.get(node.op_type)
+        constant = node.inputs[place].const_value if place is not None else None
+        if constant is None or len(constant.shape) != MATRIX or not constant.size:
+            continue
+        attribute = node.attributes.get("transB")
+        rows = node.op_type == "Gather" or (attribute is not None and attribute.as_int())
+        array = constant.numpy()
+        found = modules.get((array[0] if rows else array[:, 0]).tobytes())
+        if node.op_type == "Gather":  # the first row may be padding, all zeros in several tables
+            table = node.inputs[place].name.removesuffix(".weight")
+            found = table.removeprefix("called.")
+        if found is not None:
+            given[found] += 1
+            node.name = found if given[found] == 1 else f"{found}.{given[found]}"
+
+
 def save(program: Any, path: Path) -> None:
     """Write the graph, with its weights inside while they are under 1 GiB."""
     import onnx_ir
@@ -118,6 +155,13 @@ def save(program: Any, path: Path) -> None:
     size = sum(value.const_value.nbytes for value in program.graph.initializers.values())
     external = data_file(path).name if size >= EXTERNAL_BYTES else None
     onnx_ir.save(program, path, external_data=external)
+
+
+def store(graph: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, its weights beside it from 1 GiB on."""
+    external = graph.ByteSize() >= EXTERNAL_BYTES
+    location = data_file(path).name if external else None
+    onnx.save(graph, path, save_as_external_data=external, location=location)
 
 
 def data_file(path: Path) -> Path:

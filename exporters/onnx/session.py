@@ -1,15 +1,18 @@
 """ONNX Runtime: a graph, or the folder that holds one, becomes a function of arrays."""
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from exporters import ExportError, MissingDependency
+from exporters.onnx.graph import store
 
 MODEL: Final = Path("onnx", "model.onnx")
 """Where the graph lies in an artifact."""
@@ -68,9 +71,17 @@ def predictor(path: Path, *, device: str, threads: int) -> Any:
     """
     session = open_session(path, device=device, threads=threads)
     outputs = [output.name for output in session.get_outputs()]
-    inputs = {node.name: node.shape for node in session.get_inputs()}
+    given = feeder({node.name: node.shape for node in session.get_inputs()})
+    return lambda arrays: dict(zip(outputs, session.run(outputs, given(arrays)), strict=True))
 
-    def predict(arrays: Arrays) -> dict[str, NDArray[Any]]:
+
+def feeder(inputs: Mapping[str, Sequence[Any]]) -> Callable[[Arrays], dict[str, NDArray[Any]]]:
+    """Return what completes a batch to all inputs of a graph, of which the shapes are given.
+
+    A cache that is not in the batch is empty, and positions are those of the mask.
+    """
+
+    def given(arrays: Arrays) -> dict[str, NDArray[Any]]:
         fed = {}
         for name, shape in inputs.items():
             if name in arrays:
@@ -81,9 +92,30 @@ def predictor(path: Path, *, device: str, threads: int) -> Any:
             elif name.startswith("past_key_values."):
                 size = len(arrays["input_ids"]), shape[1], 0, shape[3]
                 fed[name] = np.zeros(size, np.float32)
-        return dict(zip(outputs, session.run(outputs, fed), strict=True))
+        return fed
 
-    return predict
+    return given
+
+
+def inputs_of(graph: onnx.ModelProto) -> dict[str, list[Any]]:
+    """Return the shapes of a graph's inputs, names for what is dynamic."""
+    return {
+        node.name: [d.dim_value or d.dim_param for d in node.type.tensor_type.shape.dim]
+        for node in graph.graph.input
+    }
+
+
+def run_over(
+    graph: onnx.ModelProto, batches: Iterable[Arrays], outputs: Sequence[str]
+) -> Iterator[list[NDArray[Any]]]:
+    """Yield a graph's outputs for every batch, on the CPU."""
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        path = Path(folder, MODEL.name)
+        store(graph, path)
+        session = open_session(path, device="cpu", threads=0)
+        given = feeder(inputs_of(graph))
+        for batch in batches:
+            yield session.run(outputs, given(batch))
 
 
 def in_parts(predict: Any, arrays: Arrays, ends: Sequence[int]) -> dict[str, NDArray[Any]]:

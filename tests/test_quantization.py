@@ -1,0 +1,234 @@
+"""Graphs in fewer bits: small, near the graph they come from, and never the same in silence."""
+
+import re
+from itertools import product
+
+import numpy as np
+import onnx
+import pytest
+from conftest import tiny
+from onnx import TensorProto, helper, numpy_helper
+
+from exporters import onnx as exporter
+from exporters.onnx.graph import store
+from pipeline import migration, mixed, prune_heads, prune_neurons, weight_only
+from pipeline.quantization import METHODS, Options, QuantizationError, layers, quantize
+
+CASES = {
+    "fp16": ("fp16", {}),
+    "int8-dynamic": ("int8-dynamic", {}),
+    "int8-dynamic migrated": ("int8-dynamic", {"migration": 0.5}),
+    "int8-static": ("int8-static", {}),
+    "int8-static migrated": ("int8-static", {"migration": 0.5}),
+    "int8-static portable": ("int8-static", {"portable": True}),
+    "int8-weights": ("int8-weights", {}),
+    "int8-weights portable": ("int8-weights", {"portable": True}),
+    "int4-weights": ("int4-weights", {"block_size": 16}),
+    "int4-weights asymmetric": ("int4-weights", {"block_size": 16, "symmetric": False}),
+    "int4-weights portable": ("int4-weights", {"block_size": 16, "portable": True}),
+    "int4-weights k-quant": ("int4-weights", {"block_size": 16, "algorithm": "k-quant"}),
+    "int4-weights hqq": ("int4-weights", {"block_size": 16, "algorithm": "hqq"}),
+    "int4-weights gptq": ("int4-weights", {"block_size": 16, "algorithm": "gptq"}),
+}
+STANDARD = {"", "ai.onnx"}
+
+
+def inputs(batch: int, sequence: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(batch + sequence)
+    ids = generator.integers(3, 99, (batch, sequence))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def calibration():
+    return iter([inputs(8, length) for length in range(5, 15)])
+
+
+def logits(path, given=None) -> np.ndarray:
+    given = given or inputs(8, 13)
+    return exporter.predictor(path, device="cpu", threads=1)(given)["logits"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Give a function that returns a pruned family's graph, fused or of standard operators."""
+    made = {}
+
+    def get(family: str, *, standard: bool = False):
+        if (family, standard) not in made:
+            model = tiny(family)
+            prune_heads(model, {0: [1], 1: [0, 2]})
+            prune_neurons(model, {1: [*range(20)]})
+            path = tmp_path_factory.mktemp(family) / "model.onnx"
+            fuse_for = None if standard else "cpu"
+            samples = [inputs(2, 11), inputs(3, 17)]
+            exporter.export(
+                model, samples, axes=("batch", "sequence"), path=path, fuse_for=fuse_for
+            )
+            made[family, standard] = path
+        return made[family, standard]
+
+    return get
+
+
+def weight_bytes(path) -> int:
+    return sum(initializer.ByteSize() for initializer in onnx.load(path).graph.initializer)
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [*product(["bert", "llama"], CASES), *product(["gpt2"], ["int8-static", "int4-weights"])],
+)
+def test_weights_are_small_and_outputs_near(tmp_path, exported, family, case):
+    method, given = CASES[case]
+    options = Options(embeddings="embeddings" in METHODS[method].options, **given)
+    options = Options(**{**vars(options), "calibration": calibration})
+    standard = options.portable or METHODS[method].standard
+    source, target = exported(family, standard=standard), tmp_path / "quantized.onnx"
+    count = quantize(source, target, method, options)
+    # Query, key and value may be one product; output and two of the FFN are not.
+    assert count >= 3 * 4
+    most = {"fp16": 0.55, "int8": 0.45, "int4": 0.35}[method[:4]]  # scales and biases are in it
+    assert weight_bytes(target) < most * weight_bytes(source)
+    exact, near = logits(source), logits(target)
+    assert not np.array_equal(exact, near)
+    # Sharp random weights suffer more than trained ones do.
+    least = {"fp16": 0.9999, "int8": 0.85, "int4": 0.6}[method[:4]]
+    assert np.corrcoef(exact.ravel(), near.ravel())[0, 1] > least
+    if options.portable:
+        assert {node.domain for node in onnx.load(target).graph.node} <= STANDARD
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "fp16"])
+def test_embeddings_shrink_only_when_asked(tmp_path, exported, method):
+    sizes = []
+    for embeddings in (False, True):
+        options = Options(embeddings=embeddings, calibration=calibration)
+        quantize(exported("bert"), tmp_path / "q.onnx", method, options)
+        sizes.append(weight_bytes(tmp_path / "q.onnx"))
+    table = 32 * (99 + 64 + 2)  # words, positions and types, with four bytes each before
+    saved = {"int4-weights": 3.375, "int8-weights": 2.875}.get(method, 3)
+    assert sizes[0] - sizes[1] == pytest.approx(saved * table, rel=0.15)
+
+
+def test_what_is_left_out_stays_as_it_is(tmp_path, exported):
+    source, target = exported("bert"), tmp_path / "q.onnx"
+    found = layers(source)
+    assert list(found)[3:6] == [f"bert.encoder.layer.{at}" for at in range(3)]
+    left = frozenset(found["bert.encoder.layer.1"])
+    for method in METHODS:
+        if METHODS[method].standard:
+            continue
+        whole = quantize(source, target, method, Options(calibration=calibration))
+        part = quantize(source, target, method, Options(calibration=calibration, left=left))
+        assert whole - part == len(left) == 4
+        assert left <= {node.name for node in onnx.load(target).graph.node}
+
+
+def test_migration_changes_no_output_and_evens_channels_out(tmp_path, exported):
+    graph = onnx.load(exported("bert"))
+    assert migration.migrate(graph, 0.5, calibration) == 3 * 4
+    store(graph, tmp_path / "m.onnx")
+    exact = logits(exported("bert"))
+    np.testing.assert_allclose(logits(tmp_path / "m.onnx"), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_the_scale_of_a_channel_is_that_of_the_paper(tmp_path, strength):
+    x = np.array([[1.0, -8.0], [2.0, 4.0]], np.float32)
+    weight = np.array([[0.5, -2.0], [0.25, 0.125]], np.float32)
+    graph = multiplying(weight)
+    migration.migrate(graph, strength, lambda: iter([{"x": x[:1]}, {"x": x[1:]}]))
+    divisor = next(i for i in graph.graph.initializer if i.name == "x.divisor")
+    expected = np.array([2.0, 8.0]) ** strength / np.array([2.0, 0.25]) ** (1 - strength)
+    np.testing.assert_allclose(1 / numpy_helper.to_array(divisor), expected, rtol=1e-6)
+
+
+def multiplying(weight: np.ndarray) -> onnx.ModelProto:
+    """Return the graph of x W."""
+    rows, columns = weight.shape
+    float_info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        "g",
+        [float_info("x", TensorProto.FLOAT, ["n", rows])],
+        [float_info("y", TensorProto.FLOAT, ["n", columns])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_codes_and_scales_by_hand():
+    weight = np.array([[127.0, -1.0], [-63.4, 0.5], [0.0, 0.0]], np.float32)
+    codes, scales = weight_only.rounded(weight, 0)
+    np.testing.assert_allclose(scales, [[1.0, 1 / 127]], rtol=1e-6)
+    assert codes.tolist() == [[127, -127], [-63, 64], [0, 0]]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_loses_less_of_the_outputs_than_rounding(symmetric):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(400, 48)) @ generator.normal(size=(48, 48))
+    weight = generator.normal(size=(48, 20))
+
+    def lost(gram):
+        codes, scales, zeros = weight_only.gptq(weight, gram, 16, symmetric=symmetric)
+        assert codes.max() <= 15
+        spread = [np.repeat(part, 16, axis=0) for part in (scales, zeros)]
+        return np.linalg.norm(x @ (spread[0] * (codes.astype(float) - spread[1]) - weight))
+
+    assert lost(x.T @ x / len(x)) < 0.8 * lost(np.eye(48))  # nothing follows from uncorrelated rows
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of torch, in hqq
+@pytest.mark.parametrize("algorithm", ["rtn", "hqq", "k-quant", "gptq"])
+def test_blocks_multiply_as_the_matrix_does(tmp_path, algorithm):
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(72, 20)).astype(np.float32)  # 4.5 blocks: the last is padded
+    x = generator.normal(size=(100, 72)).astype(np.float32)
+    graph = weight_only.blockwise(
+        multiplying(weight), 4, algorithm, 16, frozenset(), symmetric=False,
+        calibration=lambda: iter([{"x": x}]),
+    )  # fmt: skip
+    store(graph, tmp_path / "q.onnx")
+    found = exporter.predictor(tmp_path / "q.onnx", device="cpu", threads=1)({"x": x})["y"]
+    # 16 normal weights span about 3.5 deviations in 15 steps: an error of a sqrt(12)th of a step.
+    error = np.linalg.norm(found - x @ weight) / np.linalg.norm(x @ weight)
+    assert 0.02 < error < 0.1
+
+
+def test_dead_weights_have_a_scale_all_the_same():
+    codes, scales = weight_only.rounded(np.zeros((2, 3), np.float32), 1)
+    assert not codes.any()
+    assert (scales > 0).all()
+
+
+def test_layers_that_lose_most_are_left_out_until_it_is_enough():
+    harm = {"a": 0.001, "b": 0.02, "c": 0.005}
+
+    def measure(left):
+        lost = sum(harm[name] for name in harm.keys() - left)
+        return mixed.Loss(lost, 10 * lost)
+
+    assert mixed.leave_out([*harm], measure, 0.03)[0] == ()
+    assert mixed.leave_out([*harm], measure, 0.01)[0] == ("b",)
+    left, alone = mixed.leave_out([*harm], measure, 0.001)
+    assert left == ("b", "c")
+    assert alone == pytest.approx({name: 10 * lost for name, lost in harm.items()})
+    with pytest.raises(mixed.OutOfReach, match=r"found a drop of 0\.001 at least"):
+        mixed.leave_out([*harm], measure, 0.0005)
+
+
+def test_nothing_to_quantize_is_an_error(tmp_path):
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])],
+    )
+    opset = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "m.onnx")
+    for method in METHODS:
+        with pytest.raises(
+            QuantizationError, match=f"{re.escape(method)}: found no matrix product"
+        ):
+            quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", method, Options())
