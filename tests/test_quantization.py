@@ -1,18 +1,24 @@
 """Graphs in fewer bits: small, near the graph they come from, and never the same in silence."""
 
+import json
 import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from conftest import tiny
+import yaml
+from conftest import tiny, write_recipe
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.data import DataError
 from exporters import onnx as exporter
 from exporters.onnx.graph import store
 from pipeline import migration, mixed, prune_heads, prune_neurons, weight_only
 from pipeline.quantization import METHODS, Options, QuantizationError, layers, quantize
+from pipeline.recipe import Recipe, RecipeError
+from pipeline.runner import run
 
 CASES = {
     "fp16": ("fp16", {}),
@@ -216,6 +222,85 @@ def test_layers_that_lose_most_are_left_out_until_it_is_enough():
     assert alone == pytest.approx({name: 10 * lost for name, lost in harm.items()})
     with pytest.raises(mixed.OutOfReach, match=r"found a drop of 0\.001 at least"):
         mixed.leave_out([*harm], measure, 0.0005)
+
+
+def recipe(folder, calibration="train[700:800]", **quantize):
+    splits = {"train": "train[:700]", "selection": "train[800:1000]", "gate": "train[1000:]"}
+    path = write_recipe(
+        folder,
+        baseline="original",
+        steps=[{"step": "quantize", **quantize}],
+        budget={"max_drop": 0.9},
+    )
+    content = yaml.safe_load(path.read_text())
+    content["task"]["splits"] = splits | {"calibration": calibration}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_recipe_leaves_out_what_loses_too_much(tmp_path):
+    path = recipe(tmp_path, method="int4-weights", block_size=16, max_drop=1e-9)
+    stages = json.loads(run(path, tmp_path / "out").to_json())["stages"]
+    details = stages[-1]["details"]
+    folders = [Path(stage["folder"], "onnx", "model.onnx") for stage in stages]
+    kept = {x.name for x in onnx.load(folders[-1]).graph.node if x.op_type in {"MatMul", "Gemm"}}
+    source = next(folders[0].parents[2].glob("onnx-*")) / "onnx" / "model.onnx"
+    found = layers(source)
+    # All layers were tried alone, and those that were left are whole in the file.
+    assert details["divergences"].keys() == found.keys()
+    worst_first = sorted(found, key=lambda name: -details["divergences"][name])
+    assert details["left"] == worst_first[: len(details["left"])]
+    assert details["left"]
+    products = {n for name in details["left"] for n in found[name] if "embeddings" not in n}
+    assert products <= kept
+
+
+def test_too_few_examples_to_calibrate_on_are_refused(tmp_path):
+    path = recipe(tmp_path, calibration="train[700:710]", method="int8-static")
+    with pytest.raises(DataError, match="calibration: found 10 windows, expected at least 32"):
+        run(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"method": "fp16", "embeddings": True}, r"found \['embeddings'\] with fp16"),
+        ({"method": "int8-dynamic", "algorithm": "hqq"}, r"found \['algorithm'\] with int8-dyn"),
+        ({"method": "int4-weights", "algorithm": "hqq", "symmetric": True}, "has zero points"),
+        ({"method": "int4-weights", "algorithm": "gptq", "portable": True}, "expected rtn"),
+        ({"method": "int4-weights", "block_size": 20}, "block_size: Input should be 16, 32"),
+        ({"method": "int4-weights", "algorithm": "gtpq"}, "did you mean 'gptq'"),
+    ],
+)
+def test_keys_that_do_nothing_or_contradict_are_refused(tmp_path, keys, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_yaml(recipe(tmp_path, **keys))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"method": "int8-static"},
+        {"migration": 0.5},
+        {"method": "int4-weights", "algorithm": "gptq"},
+    ],
+)
+def test_what_needs_data_asks_for_a_split(tmp_path, keys):
+    path = recipe(tmp_path, **keys)
+    content = yaml.safe_load(path.read_text())
+    del content["task"]["splits"]["calibration"]
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match="needs examples to calibrate on"):
+        Recipe.from_yaml(path)
+
+
+def test_a_fused_graph_is_not_made_portable(tmp_path):
+    path = recipe(tmp_path, method="fp16")
+    content = yaml.safe_load(path.read_text())
+    content["steps"].insert(0, {"step": "export"})
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match="found one that export fused; leave that step out"):
+        Recipe.from_yaml(path)
 
 
 def test_nothing_to_quantize_is_an_error(tmp_path):
