@@ -347,3 +347,31 @@ ARCHITECTURES: Final[Mapping[str, Architecture | Callable[[PretrainedConfig], Ar
     "whisper": _BART,
     "xlm-roberta": _BERT,
 }
+SIZES: Final[Mapping[str, Size]] = {
+    "num_heads": "queries",
+    "num_attention_heads": "queries",
+    "n_heads": "queries",
+    "num_key_value_heads": "groups",
+    "num_kv_heads": "groups",
+    "num_key_value_groups": "queries per group",
+    "all_head_size": "width",
+}
+"""What attributes that count heads are usually called; set where an attention has them."""
+
+
+def borrowed(name: str) -> Architecture:
+    """Return a family's row for another family, which may count heads by other attributes.
+
+    Raises:
+        ValueError: there is no such row to borrow.
+    """
+    row = ARCHITECTURES.get(name)
+    if row is None or callable(row):
+        raise ValueError(f"config.json: pruning: found the row {name!r}, which is not known here")
+    return tuple(
+        replace(
+            stack,
+            attentions=tuple(replace(a, sizes={**SIZES, **a.sizes}) for a in stack.attentions),
+        )
+        for stack in row
+    )

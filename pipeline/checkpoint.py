@@ -181,6 +181,8 @@ def _pruned(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
             config.pruning = None
         kind.__init__(self, config, *args, **kwargs)
         if cut:
+            if "like" in cut:  # it was checked when it was cut
+                self.config.pruning = {"like": cut["like"]}
             selfcheck.ensure(self)
             surgery.apply(self, cut)
             # The record is written anew by the cut itself; keep every entry that was read.

@@ -7,8 +7,6 @@ seconds, whatever the model weighs.
 
 import copy
 import re
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -16,43 +14,34 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline import structure, surgery
-from pipeline.architectures import ARCHITECTURES, Architecture, Attention, Ffn, Size, Stack
+from pipeline.architectures import ARCHITECTURES, Architecture, Attention, Ffn, Stack, borrowed
 
 LAYERS: Final = 2
 VOCABULARY: Final = 64
-SIZES: Final[Mapping[str, Size]] = {
-    "num_heads": "queries",
-    "num_attention_heads": "queries",
-    "n_heads": "queries",
-    "num_key_value_heads": "groups",
-    "num_kv_heads": "groups",
-    "num_key_value_groups": "queries per group",
-    "all_head_size": "width",
-}
-"""What attributes that count heads are usually called; set where an attention has them."""
 TOLERANCE: Final = 1e-8
 """Largest difference relative to the largest output, in fp64; some norms compute in fp32."""
 
 
 def ensure(model: PreTrainedModel) -> None:
-    """Find a row for the model's family, if the table has none.
+    """Find a row for the model, if the table has none for its family.
 
     Raises:
         ValueError: no row fits, and why.
     """
     family = model.config.model_type
-    if family in ARCHITECTURES or family in structure.LEARNED:
+    if family in ARCHITECTURES or structure.like(model) is not None:
         return
     name = type(model).__name__
+    key = structure.fingerprint(model)
     reasons = []
-    for row in _rows(model):
-        structure.LEARNED[family] = row
+    for other in _rows(model):
+        structure.LEARNED[key] = other
         reason: str | None = "its check did not end"
         try:
             reason = _difference(model)
         finally:
             if reason is not None:
-                del structure.LEARNED[family]
+                del structure.LEARNED[key]
         if reason is None:
             return
         reasons.append(reason)
@@ -63,22 +52,14 @@ def ensure(model: PreTrainedModel) -> None:
     )
 
 
-def _rows(model: PreTrainedModel) -> list[Architecture]:
-    """Return the rows whose modules are in the model, without repetition."""
-    found: list[Architecture] = []
-    for known in ARCHITECTURES.values():
-        if callable(known) or not all(_fits(model, stack) for stack in known):
-            continue
-        row = tuple(_with_sizes(stack) for stack in known)
-        if row not in found:
-            found.append(row)
-    return found
-
-
-def _with_sizes(stack: Stack) -> Stack:
-    return replace(
-        stack, attentions=tuple(replace(a, sizes={**SIZES, **a.sizes}) for a in stack.attentions)
-    )
+def _rows(model: PreTrainedModel) -> list[str]:
+    """Return the families whose modules are in the model, one for each row."""
+    found: dict[str, Architecture] = {}
+    for family, row in ARCHITECTURES.items():
+        fits = not callable(row) and all(_fits(model, stack) for stack in row)
+        if fits and (borrowed(family) not in found.values()):
+            found[family] = borrowed(family)
+    return [*found]
 
 
 def _fits(model: PreTrainedModel, stack: Stack) -> bool:
@@ -136,6 +117,7 @@ def _copy(model: PreTrainedModel) -> PreTrainedModel:
     kind = type(model)
     small: PreTrainedModel = kind(config)
     generator = torch.Generator().manual_seed(0)
+    small.config.pruning = {"like": structure.like(model)}
     small = small.double()
     with torch.no_grad():
         for name, parameter in small.named_parameters():

@@ -8,7 +8,8 @@ What was cut is recorded in `config.pruning`, in the numbers of the unpruned mod
 relative to the base model. All other numbers of the configuration stay those of the unpruned model.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -16,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from pipeline.architectures import ARCHITECTURES, Architecture, Attention, Ffn, Stack
+from pipeline.architectures import ARCHITECTURES, Architecture, Attention, Ffn, Stack, borrowed
 
 Kind = Literal["heads", "queries", "neurons"]
 KINDS: Final[tuple[Kind, ...]] = ("heads", "queries", "neurons")
-LEARNED: Final[dict[str, Architecture]] = {}
-"""The rows of families that are not in the table, where `selfcheck` found one that fits."""
+LEARNED: Final[dict[str, str]] = {}
+"""Models of families that are not in the table, by `fingerprint` -> the family whose row fits."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def architecture(model: PreTrainedModel) -> Architecture:
             " prune before quantizing"
         )
     family = model.config.model_type
-    if family in LEARNED:
-        return LEARNED[family]
+    if (other := like(model)) is not None:
+        return borrowed(other)
     if family not in ARCHITECTURES:
         raise ValueError(
             f"{type(model).__name__}: found the family {family!r}, expected one of"
@@ -121,6 +122,21 @@ def architecture(model: PreTrainedModel) -> Architecture:
         )
     row = ARCHITECTURES[family]
     return row(model.config) if callable(row) else row
+
+
+def like(model: PreTrainedModel) -> str | None:
+    """Return the family whose row fits a model that has none of its own, if that was found out."""
+    if model.config.model_type in ARCHITECTURES:
+        return None
+    cut: Mapping[str, Any] = getattr(model.config, "pruning", None) or {}
+    return cut.get("like") or LEARNED.get(fingerprint(model))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return the model's class and configuration, all that its modules depend on."""
+    config = model.config.to_dict()
+    config.pop("pruning", None)
+    return f"{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}"
 
 
 def stacks(model: PreTrainedModel) -> list[tuple[Stack, nn.ModuleList]]:
@@ -143,11 +159,17 @@ def has(module: nn.Module, path: str) -> bool:
 
 
 def record(model: PreTrainedModel) -> dict[str, Any]:
-    """Return a copy of what was cut so far: `heads`, `queries`, `neurons` and `layers`."""
+    """Return a copy of what was cut so far: `heads`, `queries`, `neurons` and `layers`.
+
+    Where the family has no row, `like` says whose row it was cut by.
+    """
     found = getattr(model.config, "pruning", None) or {}
-    return {"version": 1} | {
-        what: dict(found.get(what, {})) for what in ("heads", "queries", "neurons", "layers")
-    }
+    other = like(model)
+    return (
+        {"version": 1}
+        | ({"like": other} if other else {})
+        | {what: dict(found.get(what, {})) for what in ("heads", "queries", "neurons", "layers")}
+    )
 
 
 def groups(model: PreTrainedModel) -> list[Group]:

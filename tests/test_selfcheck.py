@@ -1,12 +1,23 @@
 """Families without a row are cut exactly or refused, with the reason."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from conftest import GROUPED, TOKENS, batch
 from transformers import PreTrainedModel
 
-from pipeline import from_pretrained, prune_heads, prune_neurons, save_pretrained, structure, units
+from pipeline import (
+    from_pretrained,
+    prune_heads,
+    prune_layers,
+    prune_neurons,
+    save_pretrained,
+    selfcheck,
+    structure,
+    units,
+)
 
 LATENT = {
     "kv_lora_rank": 8,
@@ -85,3 +96,32 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(name, sizes, message):
     with pytest.raises(ValueError, match=message):
         prune_heads(model, {0: [0]})
     assert model.num_parameters() == before
+
+
+def test_one_model_does_not_vouch_for_the_next():
+    assert [*units(build("StableLm")).heads.values()] == [4, 4, 4]
+    with pytest.raises(ValueError, match="which cannot be cut"):
+        units(build("StableLm", qk_layernorm=True))
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 2)
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 32}
+    config = transformers.PLBartConfig(**sizes, vocab_size=99, encoder_ffn_dim=8, decoder_ffn_dim=8)
+    decoder = transformers.PLBartForCausalLM(copy.deepcopy(config))
+    both = transformers.PLBartForConditionalGeneration(config)
+    assert (len(units(decoder).heads), len(units(both).heads)) == (2, 6)
+
+
+def test_what_was_checked_is_not_checked_again_at_every_load(tmp_path, monkeypatch):
+    model = build("Granite")
+    prune_heads(model, {0: [0]})
+    prune_layers(model, [1])
+    assert model.config.pruning["like"] == "gemma"
+    save_pretrained(model, tmp_path)
+    structure.LEARNED.clear()
+    monkeypatch.setattr(selfcheck, "_difference", lambda _: "checked again")
+    loaded = from_pretrained(tmp_path)
+    assert loaded.config.pruning == model.config.pruning
+    prune_heads(loaded, {0: [1]})
+    assert [*units(loaded).heads.values()] == [2, 4]
+    loaded.config.pruning |= {"like": "no-such"}
+    with pytest.raises(ValueError, match="found the row 'no-such', which is not known here"):
+        units(loaded)
