@@ -1,12 +1,14 @@
 """Families without a row: try the rows that there are, on a small copy with random weights.
 
 A row fits if its modules are there and if, on the copy, a cut gives what zeroing gives. The copy
-has the model's classes and widths, two layers and a small vocabulary, so that the check takes
-seconds, whatever the model weighs.
+has the model's classes and hidden width, two layers, few neurons and a small vocabulary, in fp64;
+one is alive at a time. So the cost does not grow with the number of layers, but with the square of
+the hidden width.
 """
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -18,6 +20,17 @@ from pipeline.architectures import ARCHITECTURES, Architecture, Attention, Ffn, 
 
 LAYERS: Final = 2
 VOCABULARY: Final = 64
+NEURONS: Final = 64
+FAILURES: Final = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    AssertionError,
+)
+"""What a forward raises that was given what it does not expect."""
 TOLERANCE: Final = 1e-8
 """Largest difference relative to the largest output, in fp64; some norms compute in fp32."""
 
@@ -82,20 +95,13 @@ def _has_all(module: nn.Module, part: Attention | Ffn) -> bool:
 def _difference(model: PreTrainedModel) -> str | None:
     """Return why a cut of the copy is not what zeroing is; None if it is."""
     try:
-        with torch.device("cpu"):
-            given, masked, cut = example(model, 2, 9), _copy(model), _copy(model)
-            for group in structure.groups(masked):
-                if group.kind != "queries" and group.of > 1:
-                    weight = structure.matrix(group.reader)
-                    weight.data[:, surgery.owners(group) == 0] = 0
-            for kind in ("heads", "neurons"):
-                for group in structure.groups(cut):
-                    if group.kind == kind and group.of > 1:
-                        surgery.keep(cut, group, list(group.kept[1:]))
-            whole, expected, found = (_run(m, given) for m in (_copy(model), masked, cut))
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return _leftover(model) or f"a cut copy does not run ({lines[0]})"
+        whole = _outputs(model, lambda _: None)
+    except FAILURES as error:
+        return f"an uncut copy does not run either ({_said(error)})"
+    try:
+        expected, found = _outputs(model, _zero), _outputs(model, _cut)
+    except FAILURES as error:
+        return _leftover(model) or f"a cut copy does not run ({_said(error)})"
     if torch.equal(whole, expected):
         return "its outputs do not depend on what would be cut"
     difference = float((found - expected).abs().max() / expected.abs().max())
@@ -104,12 +110,56 @@ def _difference(model: PreTrainedModel) -> str | None:
     return None
 
 
+def _said(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _goes(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Return which units are cut on trial: all of every first layer, the first of the others."""
+    found = {}
+    for stack, layers in structure.stacks(model):
+        for group in structure.groups(model):
+            if group.kind != "queries" and group.key.startswith(f"{stack.layers}."):
+                empties = group.layer == 0 and len(layers) > 1
+                gone = group.of if empties else min(1, group.of - 1)
+                found[group.path] = [*range(gone)]
+    return found
+
+
+def _zero(model: PreTrainedModel) -> None:
+    gone = _goes(model)
+    for group in structure.groups(model):
+        if group.kind != "queries":
+            places = torch.isin(surgery.owners(group), torch.tensor(gone[group.path]))
+            structure.matrix(group.reader).data[:, places] = 0
+
+
+def _cut(model: PreTrainedModel) -> None:
+    gone = _goes(model)
+    for group in structure.groups(model):
+        if group.kind != "queries" and gone[group.path]:
+            surgery.keep(model, group, [*range(len(gone[group.path]), group.of)])
+
+
+def _outputs(model: PreTrainedModel, change: Callable[[PreTrainedModel], None]) -> Tensor:
+    """Return what a copy gives that was changed."""
+    with torch.device("cpu"), torch.no_grad():
+        small = _copy(model)
+        change(small)
+        outputs = small(**example(model, 2, 9))
+        return next(value for value in outputs.values() if isinstance(value, Tensor))
+
+
 def _copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model of the same class and widths, with two layers, in fp64, the same each time."""
+    """Return a small model of the same class, in fp64, the same each time."""
     config = copy.deepcopy(model.config)
     config.pruning = None
     for stack, layers in structure.stacks(model):
         surgery.shorten(config, stack, len(layers), list(range(min(LAYERS, len(layers)))))
+        neurons = getattr(config, stack.neurons, None)
+        if isinstance(neurons, int):
+            setattr(config, stack.neurons, min(neurons, NEURONS))
     if hasattr(config, "vocab_size"):
         config.vocab_size = VOCABULARY
         for name in _tokens(config):
@@ -161,13 +211,6 @@ def example(model: PreTrainedModel, batch: int, sequence: int) -> dict[str, Tens
     return given | ({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})
 
 
-def _run(model: PreTrainedModel, given: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        outputs = model(**given)
-    first: Tensor = next(value for value in outputs.values() if isinstance(value, Tensor))
-    return first
-
-
 def _leftover(model: PreTrainedModel) -> str | None:
     """Return which parameter of an attention belongs to heads, and is not cut with them."""
     try:
@@ -178,13 +221,17 @@ def _leftover(model: PreTrainedModel) -> str | None:
         if group.kind != "heads":
             continue
         paths = [written.path for written in group.part.inputs] + [group.part.output]
+        # What the output projection shares a block with sees the layer's states, not the heads.
+        outside = [f"{path}." for path in (*paths, group.part.output.rpartition(".")[0]) if path]
         heads, inputs = group.queries, structure.matrix(group.reader).shape[1]
         for name, parameter in group.module.named_parameters():
-            if not any(name.startswith(f"{path}.") for path in paths):
-                if parameter.shape[-1] in {inputs, inputs * group.heads // heads}:
-                    return f"{name} is a norm over all heads at once, which a cut would change"
-                if heads in parameter.shape:
-                    return f"{name} has a value for every head, which is not known here"
+            if any(name.startswith(path) for path in outside):
+                continue
+            is_norm = parameter.dim() == 1 and re.search("norm|ln", name, re.IGNORECASE)
+            if is_norm and len(parameter) in {inputs, inputs * group.heads // heads}:
+                return f"{name} is a norm over all heads at once, which a cut would change"
+            if heads in parameter.shape:
+                return f"{name} has a value for every head, which is not known here"
     return None
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import GROUPED, TOKENS, batch
+from conftest import GROUPED, SIZES, TOKENS, batch
 from transformers import PreTrainedModel
 
 from pipeline import (
@@ -88,6 +88,11 @@ def test_a_family_like_a_known_one_is_cut_as_that_is(name, tmp_path):
             "its layers lie at none of the places that are known",
         ),
         ("Mamba", {}, "its layers lie at none of the places that are known"),
+        (
+            "GPTNeoXJapanese",
+            {"num_attention_heads": 4},
+            r"a cut copy does not run \(not enough values to unpack",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_the_reason(name, sizes, message):
@@ -96,6 +101,21 @@ def test_what_cannot_be_cut_is_refused_with_the_reason(name, sizes, message):
     with pytest.raises(ValueError, match=message):
         prune_heads(model, {0: [0]})
     assert model.num_parameters() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("Xmod", {}, r"an uncut copy does not run either \(Input language unknown"),
+        ("Longformer", {"attention_window": [4] * 3}, "an uncut copy does not run either .*Expec"),
+        ("ConvBert", {}, r"a cut copy does not run \(shape"),
+    ],
+)
+def test_a_reason_that_is_not_known_is_the_error_itself(name, sizes, message):
+    kind = getattr(transformers, f"{name}ForMaskedLM")
+    config = getattr(transformers, f"{name}Config")(**SIZES, **sizes)
+    with pytest.raises(ValueError, match=message):
+        units(kind(config))
 
 
 def test_one_model_does_not_vouch_for_the_next():
