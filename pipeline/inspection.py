@@ -165,7 +165,7 @@ def _parts(model: PreTrainedModel, groups: list[structure.Group]) -> dict[str, s
             paths.append(f"{group.path}.{group.part.output}")
         found |= dict.fromkeys(paths, "ffn" if group.kind == "neurons" else "attention")
     if groups:
-        base = "" if model.base_model is model else f"{model.base_model_prefix}."
+        base = structure.prefix(model)
         for stack, layers in structure.stacks(model):
             for at in range(len(layers)):
                 found.setdefault(f"{base}{stack.layers}.{at}", "rest of the layers")

@@ -150,6 +150,11 @@ def stacks(model: PreTrainedModel) -> list[tuple[Stack, nn.ModuleList]]:
     return found
 
 
+def prefix(model: PreTrainedModel) -> str:
+    """Return what stands before the base model's paths in the model's."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
 def has(module: nn.Module, path: str) -> bool:
     """Return whether there is such a submodule."""
     try:
@@ -175,8 +180,6 @@ def record(model: PreTrainedModel) -> dict[str, Any]:
 def groups(model: PreTrainedModel) -> list[Group]:
     """Return the groups of units in module order: attentions, then FFN, of each layer."""
     cut = record(model)
-    base = model.base_model
-    prefix = "" if base is model else f"{model.base_model_prefix}."
     found = []
     for stack, layers in stacks(model):
         numbers = cut["layers"].get(stack.layers, {}).get("kept", range(len(layers)))
@@ -187,7 +190,7 @@ def groups(model: PreTrainedModel) -> list[Group]:
                     continue
                 key = f"{stack.layers}.{index}" + (f".{part.path}" if part.path else "")
                 module = layer.get_submodule(part.path)
-                where: dict[str, Any] = {"path": prefix + key, "key": key}
+                where: dict[str, Any] = {"path": prefix(model) + key, "key": key}
                 where |= {"layer": number, "module": module}
                 if isinstance(part, Ffn):
                     kept, of = _neurons_left(cut, key, module.get_submodule(part.output))

@@ -6,11 +6,13 @@ zero. Units are named by their numbers in the unpruned model, however often it i
 of the matrices that change, one at a time.
 """
 
+import copy
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -52,8 +54,47 @@ def cut_layers(model: PreTrainedModel, layers: Iterable[int | str]) -> None:
             raise ValueError(f"{path}: found all layers, expected at least one to be left")
         if stack.first and 0 in numbers:
             raise ValueError(f"{path}.0: found layer 0, expected another one: {stack.first}")
+        if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+            raise ValueError(
+                f"{path}: found scale_attn_by_inverse_layer_idx, expected attention that does not"
+                " depend on the layer's number; none can be cut out"
+            )
+        _check_shortened(model, stack, len(blocks), [*stays[path]])
     for path, kept in stays.items():
         _keep_layers(model, found[path][0], found[path][1], kept, of[path])
+
+
+def _check_shortened(model: PreTrainedModel, stack: Stack, before: int, stays: list[int]) -> None:
+    """Raise ValueError if a model that is built with fewer layers would not take what is left."""
+    config = copy.deepcopy(model.config)
+    config.pruning = None
+    wanted = {}
+    layers = f"{structure.prefix(model)}{stack.layers}."
+    for name, shape in _shapes(model, config).items():
+        at, _, rest = name.removeprefix(layers).partition(".")
+        if not name.startswith(layers):
+            wanted[name] = shape
+        elif int(at) in stays:
+            wanted[f"{layers}{stays.index(int(at))}.{rest}"] = shape
+    shorten(config, stack, before, stays)
+    try:
+        # As a file would be read: some families have rules about their numbers.
+        built = _shapes(model, type(config).from_dict(config.to_dict()))
+    except (ValueError, StrictDataclassError) as error:
+        raise ValueError(f"{stack.layers}: no layer can be cut out: {error}") from error
+    if built != wanted:
+        name = next(n for n in (*wanted, *built) if wanted.get(n) != built.get(n))
+        raise ValueError(
+            f"{stack.layers}: found {name} of the shape {wanted.get(name)}, expected"
+            f" {built.get(name)} in a model with fewer layers; none can be cut out"
+        )
+
+
+def _shapes(model: PreTrainedModel, config: PretrainedConfig) -> dict[str, torch.Size]:
+    """Return the shapes of all tensors of a model that its class builds from a configuration."""
+    kind: Callable[[PretrainedConfig], PreTrainedModel] = type(model)
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
 
 
 def _keep_layers(

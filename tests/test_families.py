@@ -155,6 +155,11 @@ def test_a_layer_that_others_need_stays(name):
         prune_layers(model, [f"{stack}.0"])
 
 
+def test_layers_whose_attention_depends_on_their_number_stay():
+    with pytest.raises(ValueError, match="h: found scale_attn_by_inverse_layer_idx, expected"):
+        prune_layers(tiny("gpt2", scale_attn_by_inverse_layer_idx=True), [1])
+
+
 def test_a_layer_of_two_stacks_is_named_with_its_stack():
     model = tiny("bart")
     with pytest.raises(

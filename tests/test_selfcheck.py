@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import GROUPED, SIZES, TOKENS, batch
+from conftest import GROUPED, IMAGES, SIZES, TOKENS, batch
 from transformers import PreTrainedModel
 
 from pipeline import (
@@ -128,6 +128,28 @@ def test_one_model_does_not_vouch_for_the_next():
     decoder = transformers.PLBartForCausalLM(copy.deepcopy(config))
     both = transformers.PLBartForConditionalGeneration(config)
     assert (len(units(decoder).heads), len(units(both).heads)) == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            transformers.EsmForMaskedLM(transformers.EsmConfig(**SIZES | {"pad_token_id": 0})),
+            r"found esm\.contact_head\.regression\.weight of the shape .* in a model with fewer layers",
+        ),
+        (
+            transformers.BeitForImageClassification(transformers.BeitConfig(**IMAGES)),
+            r"layers: no layer can be cut out: out_features must be a subset",
+        ),
+    ],
+    ids=["esm", "beit"],
+)
+def test_layers_stay_where_a_model_with_fewer_could_not_be_loaded(model, message):
+    before = model.num_parameters()
+    with pytest.raises(ValueError, match=message):
+        prune_layers(model, [1])
+    assert model.num_parameters() == before
+    prune_heads(model, {1: [0]})
 
 
 def test_what_was_checked_is_not_checked_again_at_every_load(tmp_path, monkeypatch):
