@@ -36,8 +36,9 @@ def cut_layers(model: PreTrainedModel, layers: Iterable[int | str]) -> None:
         for path, (_, blocks) in found.items()
     }
     removed: dict[str, set[int]] = {}
-    for named in layers:
-        path, _, number = str(named).rpartition(".")
+    for named in _listed(layers, "layers"):
+        text = named if isinstance(named, str) else str(_whole(named, "layers"))
+        path, _, number = text.removeprefix(structure.prefix(model)).rpartition(".")
         path = path or (next(iter(found)) if len(found) == 1 else "")
         if path not in found or not number.isdecimal() or int(number) >= of[path]:
             expected = [f"{path}.0 to {path}.{count - 1}" for path, count in of.items()]
@@ -163,9 +164,14 @@ def cut(model: PreTrainedModel, kind: Kind, cuts: Cuts) -> None:
     """
     found = {group.path: group for group in structure.groups(model) if group.kind == kind}
     planned: dict[str, set[int]] = {}
+    if not isinstance(cuts, Mapping):
+        raise ValueError(  # noqa: TRY004 - as all that is wrong with cuts
+            f"{kind}: found {cuts!r}, expected a mapping, such as {{0: [1, 2]}}"
+        )
     for key, numbers in cuts.items():
-        path = _path(key, kind, found)
-        planned.setdefault(path, set()).update(_whole(number, kind) for number in numbers)
+        path = _path(key if isinstance(key, str) else _whole(key, kind), kind, found)
+        listed = _listed(numbers, kind)
+        planned.setdefault(path, set()).update(_whole(number, kind) for number in listed)
     for path, removed in planned.items():
         group = found[path]
         if unknown := removed - set(range(group.of)):
@@ -199,12 +205,24 @@ def _path(key: int | str, kind: Kind, found: Mapping[str, Group]) -> str:
     return paths[0]
 
 
-def _whole(number: Any, kind: Kind) -> int:
+def _listed(numbers: Any, what: str) -> list[Any]:
+    """Return what was given as a list; one number, or text, is none."""
+    if isinstance(numbers, str | bytes):
+        raise ValueError(f"{what}: found {numbers!r}, expected a list of numbers")  # noqa: TRY004
+    try:
+        return list(numbers)
+    except TypeError as error:
+        raise ValueError(f"{what}: found {numbers!r}, expected a list of numbers") from error
+
+
+def _whole(number: Any, what: str) -> int:
     """Return the int that a number of Python, NumPy or torch is."""
     try:
+        if isinstance(number, bool):
+            raise TypeError  # noqa: TRY301 - though Python takes True for 1
         return operator.index(number)
     except TypeError as error:
-        raise ValueError(f"{kind}: found {number!r}, expected whole numbers") from error
+        raise ValueError(f"{what}: found {number!r}, expected whole numbers") from error
 
 
 def _check_even(group: Group, removed: set[int]) -> None:
@@ -240,6 +258,13 @@ def _take_out(model: PreTrainedModel, group: Group, stays: list[int]) -> None:
     done = structure.record(model)
     kept = structure.encode(tuple(stays), group.of)
     done[group.kind][group.key] = {"kept": kept, "of": group.of}
+    if group.kind == "heads" and group.key in done["queries"]:
+        # Their queries went with the heads; the record does not depend on what was cut first.
+        each, of = group.queries_before // group.of, group.queries_before
+        queries = [query for query in group.kept_queries if query // each in set(stays)]
+        done["queries"][group.key] = {"kept": structure.encode(tuple(queries), of), "of": of}
+        if not queries:
+            del done["queries"][group.key]
     model.config.pruning = done
     if stays and isinstance(group.part, Attention):
         after = next(

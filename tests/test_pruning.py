@@ -323,6 +323,48 @@ def test_numbers_may_be_those_of_torch_and_have_to_be_whole():
         prune_heads(tiny("t5"), {0: [1]})
 
 
+@pytest.mark.parametrize(
+    ("prune", "given", "message"),
+    [
+        (prune_heads, [0], r"heads: found \[0\], expected a mapping, such as \{0: \[1, 2\]\}"),
+        (prune_heads, {0: 3}, "heads: found 3, expected a list of numbers"),
+        (prune_heads, {0: "3"}, "heads: found '3', expected a list of numbers"),
+        (prune_heads, {0: [True]}, "heads: found True, expected whole numbers"),
+        (prune_heads, {0.0: [1]}, r"heads: found 0\.0, expected whole numbers"),
+        (prune_neurons, {None: [1]}, "neurons: found None, expected whole numbers"),
+        (prune_layers, 1, "layers: found 1, expected a list of numbers"),
+        (prune_layers, "1", "layers: found '1', expected a list of numbers"),
+        (prune_layers, [True], "layers: found True, expected whole numbers"),
+    ],
+)
+def test_what_is_no_cut_is_refused(prune, given, message):
+    model = tiny("bert")
+    before = model.num_parameters()
+    with pytest.raises(ValueError, match=message):
+        prune(model, given)
+    assert model.num_parameters() == before
+
+
+def test_a_layer_may_be_named_as_units_names_it():
+    one, other = tiny("bert"), tiny("bert")
+    prune_layers(one, ["bert.encoder.layer.1"])
+    prune_layers(other, ["encoder.layer.1"])
+    assert one.config.pruning == other.config.pruning
+    assert torch.equal(logits(one), logits(other))
+
+
+@pytest.mark.parametrize("heads", [[0], [0, 1, 2, 3]])
+def test_the_record_does_not_depend_on_the_order(heads):
+    one, other = tiny("llama"), tiny("llama")
+    queries = {1: [0, 2, 4, 6]}
+    prune_queries(one, queries)
+    prune_heads(one, {1: heads})
+    prune_heads(other, {1: heads})
+    prune_queries(other, queries)
+    assert one.config.pruning == other.config.pruning
+    assert torch.equal(logits(one), logits(other))
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "model").write_text("")
     with pytest.raises(NotADirectoryError, match="found a file, expected a folder"):
