@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import transformers
@@ -21,6 +21,20 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
 from pipeline import selfcheck, surgery
+
+HUB: Final = (
+    "revision",
+    "subfolder",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
+)
+"""Where a file is looked for: options of the configuration as of the weights."""
+LABELS: Final = ("num_labels", "id2label", "label2id")
+MASKS: Final = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
+"""Causal masks, which old files of GPT-2 and GPT-NeoX hold as tensors."""
 
 
 class ModelError(ValueError):
@@ -46,10 +60,12 @@ def from_pretrained(
     Args:
         source: a folder that `save_pretrained` wrote, any other Hugging Face folder, or a hub id.
         auto_class: the name of the `AutoModelFor...` class; the class that was saved unless given.
-        options: passed on to the library's `from_pretrained`.
+        options: passed on to the library's `from_pretrained`; of the configuration's own numbers
+            `num_labels`, `id2label` and `label2id` alone may be given.
 
     Raises:
-        ModelError: no such model, damaged files, missing or unexpected tensors, or NaN in one.
+        ModelError: no such model, damaged files, an option that is not known, tensors that are
+            missing, of another shape, of layers that the model does not have, or with NaN.
     """
     model, missing = load(source, auto_class, **options)
     if missing:
@@ -67,12 +83,17 @@ def load(
     Raises:
         ModelError: as `from_pretrained`, but for missing tensors.
     """
-    config = read_config(source, options.get("revision"))
+    config = read_config(source, **{name: options[name] for name in HUB if name in options})
     kind = model_class(source, config, auto_class)
-    config.update({name: options.pop(name) for name in ("id2label", "label2id") if name in options})
+    config.update({name: options.pop(name) for name in LABELS if name in options})
     try:
         loaded: Any = _pruned(kind).from_pretrained(
-            source, config=config, output_loading_info=True, use_safetensors=True, **options
+            source,
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
+            **options,
         )
     except ValueError as error:
         if isinstance(error, ModelError):
@@ -80,6 +101,12 @@ def load(
         raise ModelError(f"{source}: {first_line(error)}") from error
     except (OSError, RuntimeError, KeyError) as error:
         raise ModelError(f"{source}: cannot be loaded: {first_line(error)}") from error
+    except TypeError as error:
+        if "keyword argument" not in str(error):
+            raise
+        raise ModelError(
+            f"{source}: found an option that cannot be given here: {first_line(error)}"
+        ) from error
     except Exception as error:
         # safetensors' own error, which derives from Exception alone.
         if type(error).__name__ != "SafetensorError":
@@ -87,20 +114,36 @@ def load(
         raise ModelError(f"{source}: damaged weights: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    unexpected = sorted(info["unexpected_keys"])
-    if info["missing_keys"]:
-        # A backbone that gets a new head may leave its old one behind, but none of its layers.
-        unexpected = [name for name in unexpected if re.search(r"\.\d+\.", name)]
+    _check(source, model, info)
+    model.eval()
+    return model, sorted(info["missing_keys"])
+
+
+def _check(source: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raise ModelError if files and model do not go together, or hold what is no number."""
+    kind = type(model)
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise ModelError(
+            f"{source}: found {name} of the shape {tuple(found)}, expected {tuple(expected)} as"
+            f" {kind.__name__} has it; the files are of another model"
+        )
+    # A head may be left behind, and masks of old files, but no layer.
+    unexpected = [
+        name
+        for name in sorted(info["unexpected_keys"])
+        if re.search(r"\.\d+\.", name) and not MASKS.search(name)
+    ]
     if unexpected:
         raise ModelError(
             f"{source}: found {_few(unexpected)}, which {kind.__name__} does not have;"
             " the files are of another model or of a larger one"
         )
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue  # what lies on disk is read when it is used
+        if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{source}: found NaN or infinity in {name}, expected numbers")
-    model.eval()
-    return model, sorted(info["missing_keys"])
 
 
 def without_weights(
@@ -121,8 +164,10 @@ def without_weights(
         raise ModelError(f"{source}: {first_line(error)}") from error
 
 
-def read_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
-    """Return the configuration of a folder or a hub id.
+def read_config(
+    source: str | Path, revision: str | None = None, **options: Any
+) -> PretrainedConfig:
+    """Return the configuration of a folder or a hub id; `options` are some of `HUB`.
 
     Raises:
         ModelError: there is none, or it is not one.
@@ -131,10 +176,10 @@ def read_config(source: str | Path, revision: str | None = None) -> PretrainedCo
     looks_local = str(source).startswith((".", "/", "~"))
     if looks_local and not path.is_dir():
         raise ModelError(f"{source}: no such folder")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / options.get("subfolder", "") / "config.json").is_file():
         raise ModelError(f"{source}: found no config.json, expected a Hugging Face model folder")
     try:
-        return AutoConfig.from_pretrained(source, revision=revision or "main")
+        return AutoConfig.from_pretrained(source, revision=revision or "main", **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if path.is_dir():
             raise ModelError(f"{source}/config.json: {first_line(error)}") from error

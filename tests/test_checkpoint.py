@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import batch, tiny, write_model
+from conftest import SIZES, batch, edit_weights, tiny, write_model
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForPreTraining
 
 from benchmarks.machine import Unavailable
 from exporters import MissingDependency
@@ -20,8 +21,7 @@ def test_a_pruned_backbone_takes_another_head(tmp_path):
     model = tiny("bert")
     prune_heads(model, {0: [1]})
     save_pretrained(model, tmp_path)
-    with pytest.raises(ModelError, match="which BertModel does not have"):
-        from_pretrained(tmp_path, "AutoModel")
+    from_pretrained(tmp_path, "AutoModel")  # it leaves the classifier behind
     model.bert.save_pretrained(tmp_path)
     other, missing = load(tmp_path, "AutoModelForSequenceClassification")
     assert missing == ["classifier.bias", "classifier.weight"]
@@ -122,3 +122,58 @@ def test_a_backbone_may_leave_its_old_head_behind_but_no_layer(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"found bert\.encoder\.layer\.3\.output\.dense\.bias"):
         load(tmp_path, "AutoModelForSequenceClassification")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "vit", "gpt2"])
+def test_what_the_stock_class_leaves_behind_is_left_behind(name, tmp_path):
+    if name == "bert":  # as bert-base-uncased is
+        model, ending = BertForPreTraining(BertConfig(**SIZES)), "ForMaskedLM"
+        model.save_pretrained(tmp_path)
+        change = {"architectures": ["BertForMaskedLM"]}
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+    else:
+        model, ending = tiny(name), {"gpt2": "LMHeadModel"}.get(name, "Classification")
+        model.save_pretrained(tmp_path)
+        left = {"pooler.dense.weight": torch.zeros(32, 32)}
+        if name == "gpt2":
+            left = {f"transformer.h.{n}.attn.masked_bias": torch.zeros(()) for n in range(3)}
+        edit_weights(tmp_path, lambda tensors: tensors.update(left))
+    assert type(from_pretrained(tmp_path)).__name__.endswith(ending)
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    tiny("bert").save_pretrained(tmp_path)
+    wrong = {"classifier.weight": torch.zeros(3, 32)}
+    edit_weights(tmp_path, lambda tensors: tensors.update(wrong))
+    with pytest.raises(
+        ModelError, match=r"found classifier\.weight of the shape \(3, 32\), expected \(2, 32\)"
+    ):
+        from_pretrained(tmp_path)
+
+
+def test_a_model_may_lie_on_disk_in_part(tmp_path):
+    model = tiny("bert")
+    prune_heads(model, {1: [0]})
+    save_pretrained(model, tmp_path)
+    parts = ["embeddings", *(f"encoder.layer.{n}" for n in range(3)), "pooler"]
+    places = {f"bert.{part}": "cpu" for part in parts} | {"classifier": "cpu"}
+    places["bert.encoder.layer.1"] = "disk"
+    loaded = from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+
+
+def test_options_reach_the_configuration_too_or_are_refused(tmp_path):
+    model = tiny("bert")
+    prune_heads(model, {0: [1]})
+    save_pretrained(model, tmp_path / "inside")
+    assert from_pretrained(tmp_path, subfolder="inside", num_labels=2).config.num_labels == 2
+    with pytest.raises(
+        ModelError, match=r"found classifier\.bias of the shape \(2,\), exp.* \(5,\)"
+    ):
+        from_pretrained(tmp_path, subfolder="inside", num_labels=5)
+    with pytest.raises(ModelError, match=r"found an option that cannot be given here: .*layers"):
+        from_pretrained(tmp_path, subfolder="inside", num_hidden_layers=2)
+    with pytest.raises(ModelError, match="found neither as a folder here nor on the hub"):
+        from_pretrained("secateur-test/no-such-model", cache_dir=tmp_path, token="x")
