@@ -118,6 +118,23 @@ _VIT = (
 _FUSED_FFN = Ffn("mlp", _neurons("dense_h_to_4h"), "dense_4h_to_h")
 
 
+def _albert(config: PretrainedConfig) -> Architecture:
+    if config.inner_group_num > 1:
+        raise ValueError(
+            f"AlbertConfig: found inner_group_num {config.inner_group_num}, expected 1; groups of"
+            " several layers are not known here"
+        )
+    attention = Attention(
+        "albert_layers.0.attention",
+        _separate("query", "key", "value"),
+        "dense",
+        sizes={"num_attention_heads": "queries", "all_head_size": "width"},
+        without=attentions.NoAttentionNorm,
+    )
+    ffn = Ffn("albert_layers.0", _neurons("ffn"), "ffn_output")
+    return (Stack("encoder.albert_layer_groups", (attention,), ffn, count=""),)
+
+
 def _bart() -> Architecture:
     inner = Attention("self_attn", _PROJECTIONS, "out_proj", sizes={"num_heads": "queries"})
     ffn = Ffn("", _neurons("fc1"), "fc2")
@@ -170,6 +187,20 @@ def _t5() -> Architecture:
     return encoder, decoder
 
 
+def _gpt2() -> Architecture:
+    inner = Attention(
+        "attn",
+        (Matrix("c_attn", "q|k|v"),),
+        "c_proj",
+        sizes={"num_heads": "queries", "split_size": "width"},
+    )
+    crossed = replace(
+        inner, path="crossattention", inputs=(Matrix("q_attn", "q"), Matrix("c_attn", "k|v"))
+    )
+    ffn = Ffn("mlp", _neurons("c_fc"), "c_proj")
+    return (Stack("h", (inner, crossed), ffn, neurons="n_inner"),)
+
+
 def _falcon(config: PretrainedConfig) -> Architecture:
     shares = config.multi_query and not config.new_decoder_architecture
     attention = Attention(
@@ -188,22 +219,7 @@ def _falcon(config: PretrainedConfig) -> Architecture:
 
 
 ARCHITECTURES: Final[Mapping[str, Architecture | Callable[[PretrainedConfig], Architecture]]] = {
-    "albert": (
-        Stack(
-            "encoder.albert_layer_groups",
-            (
-                Attention(
-                    "albert_layers.0.attention",
-                    _separate("query", "key", "value"),
-                    "dense",
-                    sizes={"num_attention_heads": "queries", "all_head_size": "width"},
-                    without=attentions.NoAttentionNorm,
-                ),
-            ),
-            Ffn("albert_layers.0", _neurons("ffn"), "ffn_output"),
-            count="",
-        ),
-    ),
+    "albert": _albert,
     "bart": _BART,
     "bert": _BERT,
     "bloom": (
@@ -254,21 +270,7 @@ ARCHITECTURES: Final[Mapping[str, Architecture | Callable[[PretrainedConfig], Ar
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
-    "gpt2": (
-        Stack(
-            "h",
-            (
-                Attention(
-                    "attn",
-                    (Matrix("c_attn", "q|k|v"),),
-                    "c_proj",
-                    sizes={"num_heads": "queries", "split_size": "width"},
-                ),
-            ),
-            Ffn("mlp", _neurons("c_fc"), "c_proj"),
-            neurons="n_inner",
-        ),
-    ),
+    "gpt2": _gpt2(),
     "gpt_neox": (
         Stack(
             "layers",

@@ -18,8 +18,8 @@ from pipeline.structure import Group
 def per_layer_config(model: PreTrainedModel) -> dict[str, Any]:
     """Return the configuration with what was cut under `per_layer_config`.
 
-    A layer's entry has the numbers of heads, key/value heads and neurons that differ, and under
-    `skip` what is empty.
+    An entry is named by its layer's place in the model as it is now. It has the numbers of heads,
+    key/value heads and neurons that differ, and under `skip` what is empty.
 
     Raises:
         ValueError: the schema cannot say what was cut.
@@ -36,9 +36,16 @@ def per_layer_config(model: PreTrainedModel) -> dict[str, Any]:
     written = config.to_dict()
     written.pop("pruning", None)
     entries: dict[str, dict[str, Any]] = {}
+    attentions: dict[str, str] = {}
     for group in structure.groups(model):
         refuse_numbered(group)
-        entry = entries.setdefault(str(group.layer), {})
+        at = group.key.removeprefix(f"{stack.layers}.").partition(".")[0]
+        if group.kind == "heads" and attentions.setdefault(at, group.path) != group.path:
+            raise ValueError(
+                f"{group.path}: found a second attention in a layer, expected one; per_layer_config"
+                " cannot say what was cut"
+            )
+        entry = entries.setdefault(at, {})
         if group.kept:
             entry |= _entry(model, stack, group, written)
         elif getattr(group.reader, "bias", None) is None:

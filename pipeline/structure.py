@@ -16,7 +16,9 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from pipeline import attentions
 from pipeline.architectures import ARCHITECTURES, Architecture, Attention, Ffn, Stack, borrowed
 
 Kind = Literal["heads", "queries", "neurons"]
@@ -105,7 +107,7 @@ def architecture(model: PreTrainedModel) -> Architecture:
     """Return the row of the model's family.
 
     Raises:
-        ValueError: there is no row for it, or its weights are quantized.
+        ValueError: there is no row for it, or not for its layout, or its weights are quantized.
     """
     if getattr(model, "is_quantized", False):
         raise ValueError(
@@ -178,7 +180,11 @@ def record(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def groups(model: PreTrainedModel) -> list[Group]:
-    """Return the groups of units in module order: attentions, then FFN, of each layer."""
+    """Return the groups of units in module order: attentions, then FFN, of each layer.
+
+    Raises:
+        ValueError: there is no row for the model, or a matrix is wrapped in something else.
+    """
     cut = record(model)
     found = []
     for stack, layers in stacks(model):
@@ -190,6 +196,7 @@ def groups(model: PreTrainedModel) -> list[Group]:
                     continue
                 key = f"{stack.layers}.{index}" + (f".{part.path}" if part.path else "")
                 module = layer.get_submodule(part.path)
+                _check_types(module, part, prefix(model) + key)
                 where: dict[str, Any] = {"path": prefix(model) + key, "key": key}
                 where |= {"layer": number, "module": module}
                 if isinstance(part, Ffn):
@@ -200,6 +207,18 @@ def groups(model: PreTrainedModel) -> list[Group]:
                 else:
                     found.extend(_attention(model.config, stack, part, cut, where))
     return found
+
+
+def _check_types(module: nn.Module, part: Attention | Ffn, path: str) -> None:
+    """Raise ValueError if a matrix is not one that can be sliced."""
+    for name in (part.output, *(written.path for written in part.inputs)):
+        if has(module, name):
+            found = module.get_submodule(name)
+            if not isinstance(found, nn.Linear | Conv1D | attentions.Constant):
+                raise ValueError(
+                    f"{path}.{name}: found a {type(found).__name__}, expected an nn.Linear or a"
+                    " Conv1D; merge adapters first"
+                )
 
 
 def left(model: PreTrainedModel, kind: Kind) -> list[tuple[int, ...]]:

@@ -1,9 +1,11 @@
 """Groups of units, and how what is left of them is written down."""
 
 import pytest
-from conftest import tiny
+from conftest import SIZES, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from transformers import AlbertConfig, AlbertModel
 
 from pipeline import prune_heads, structure, units
 from pipeline.structure import decode, encode
@@ -36,6 +38,30 @@ def test_a_backbone_alone_has_the_same_units():
     model = tiny("bert")
     with_head, alone = units(model).heads, units(model.bert).heads
     assert [*with_head] == [f"bert.{path}" for path in alone]
+
+
+def test_several_layers_in_a_group_are_refused():
+    config = AlbertConfig(**SIZES, embedding_size=16, inner_group_num=2)
+    with pytest.raises(ValueError, match="found inner_group_num 2, expected 1"):
+        units(AlbertModel(config))
+
+
+class Adapter(nn.Module):
+    def __init__(self, wrapped: nn.Linear) -> None:
+        super().__init__()
+        self.wrapped, self.weight, self.bias = wrapped, wrapped.weight, wrapped.bias
+
+
+def test_a_wrapped_matrix_is_refused_before_anything_is_cut():
+    model = tiny("bert")
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.value = Adapter(attention.value)
+    before = model.num_parameters()
+    with pytest.raises(
+        ValueError, match=r"attention\.self\.value: found a Adapter, .* merge adapters first"
+    ):
+        prune_heads(model, {0: [1]})
+    assert model.num_parameters() == before
 
 
 def test_quantized_weights_are_refused():

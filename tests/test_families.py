@@ -1,12 +1,19 @@
 """Every family: a cut is exact, whatever is cut, and survives saving and loading."""
 
+import copy
 import math
 
 import onnx
 import pytest
 import torch
 from conftest import FAMILIES, SIZES, inputs, tiny
-from transformers import BertConfig, BertLMHeadModel, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 
 from exporters import onnx as exporter
 from pipeline import (
@@ -293,12 +300,17 @@ def test_shards_in_bf16_load_as_they_were_saved(every, tmp_path):
         assert torch.equal(tensor, loaded.state_dict()[name])
 
 
+CROSSED = {
+    "bert": (BertLMHeadModel, BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(**FAMILIES["gpt2"][2], add_cross_attention=True)),
+}
+
+
 @pytest.mark.parametrize("emptied", [False, True], ids=["some left", "none left"])
-def test_cross_attention_of_a_bert_decoder(emptied):
-    model, masked = (
-        BertLMHeadModel(BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)).double()
-        for _ in range(2)
-    )
+@pytest.mark.parametrize("name", CROSSED)
+def test_cross_attention_of_a_decoder(name, emptied):
+    kind, config = CROSSED[name]
+    model, masked = (kind(copy.deepcopy(config)).double() for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     for one, other in zip(model.parameters(), masked.parameters(), strict=True):
         noise = torch.randn(one.shape, generator=generator, dtype=torch.float64) * 0.3

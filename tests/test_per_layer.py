@@ -3,10 +3,18 @@
 import json
 
 import pytest
-from conftest import secateur, tiny
-from transformers import PreTrainedConfig
+from conftest import SIZES, secateur, tiny
+from transformers import BertConfig, BertLMHeadModel, PreTrainedConfig
 
-from pipeline import per_layer, prune_heads, prune_neurons, save_pretrained, structure, units
+from pipeline import (
+    per_layer,
+    prune_heads,
+    prune_layers,
+    prune_neurons,
+    save_pretrained,
+    structure,
+    units,
+)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "vit", "phi3"])
@@ -46,6 +54,25 @@ def test_what_the_schema_cannot_say_is_refused(name, heads, reason):
     model = tiny(name)
     prune_heads(model, {next(iter(units(model).heads)): heads})
     with pytest.raises(ValueError, match=f"found {reason}, expected"):
+        per_layer.per_layer_config(model)
+
+
+def test_entries_are_numbered_as_the_layers_that_are_left():
+    model = tiny("llama")
+    prune_heads(model, {2: [0, 1]})
+    prune_layers(model, [0])
+    written = per_layer.per_layer_config(model)
+    assert written["num_hidden_layers"] == 2
+    assert written["per_layer_config"] == {
+        "1": {"num_attention_heads": 4, "num_key_value_heads": 2}
+    }
+
+
+def test_two_attentions_in_a_layer_are_refused():
+    config = BertConfig(**SIZES, is_decoder=True, add_cross_attention=True)
+    model = BertLMHeadModel(config)
+    prune_heads(model, {"bert.encoder.layer.0.attention": [0]})
+    with pytest.raises(ValueError, match="crossattention: found a second attention in a layer"):
         per_layer.per_layer_config(model)
 
 
