@@ -10,7 +10,7 @@ import exporters
 from exporters import ExportError, MissingDependency
 from exporters import onnx as exporter
 from exporters.onnx import graph, session
-from pipeline import prune_heads, prune_neurons
+from pipeline import prune_heads, prune_neurons, units
 
 AXES = ("batch", "sequence")
 
@@ -130,6 +130,16 @@ def test_an_encoder_decoder_generates_what_torch_generates(tmp_path):
         cache = session.cache(outputs)
         found.append(outputs["logits"][:, -1:].argmax(-1))
     assert np.concatenate(found, axis=1).tolist() == expected.tolist()
+
+
+def test_a_decoder_that_reads_nothing_of_its_encoder_is_refused(tmp_path):
+    model, path = tiny("t5"), tmp_path / "model.onnx"
+    crossed = [path for path in units(model).heads if "EncDecAttention" in path]
+    prune_heads(model, {path: range(4) for path in crossed})
+    sample = inputs(2, 11)
+    sample["decoder_input_ids"] = sample["input_ids"][:, :7]
+    with pytest.raises(ExportError, match="found no cross-attention with heads, expected one"):
+        exporter.export(model, [sample], axes=AXES, path=path, fuse_for="cpu")
 
 
 def test_a_smaller_model_is_a_smaller_file(tmp_path, exported):

@@ -26,6 +26,7 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutput
 
+from exporters import ExportError
 from exporters.onnx import graph
 from exporters.onnx.graph import Axes
 from exporters.onnx.session import encoder_file
@@ -81,7 +82,7 @@ class CrossDecoder(_Calls):
     ) -> dict[str, Tensor | dict[str, dict[str, Pair]]]:
         """Return `logits` `(B, L, V)` and the decoder's own cache of all tokens."""
         given = [layer.get("encoder") for layer in past_key_values.values()]
-        length = next((layer["key"].shape[2] for layer in given if layer), None)
+        length = next(layer["key"].shape[2] for layer in given if layer)
         weights = next(self.called.parameters())
         rows = input_ids.shape[0]
         none = weights.new_zeros(rows, 1, 1, 1)
@@ -91,10 +92,10 @@ class CrossDecoder(_Calls):
         )
         cache.is_updated = dict.fromkeys(range(len(given)), True)
         # Its keys and values are given; all that is still read of the encoder's states is the size.
-        states = weights.new_zeros(rows, 1 if length is None else length, self.config.hidden_size)
+        states = weights.new_zeros(rows, length, self.config.hidden_size)
         outputs = self.called(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
-            attention_mask=None if length is None else encoder_attention_mask,
+            attention_mask=encoder_attention_mask,
             decoder_input_ids=input_ids,
             past_key_values=cache,
             use_cache=True,
@@ -143,9 +144,10 @@ def write_encoder_decoder(
         given_axes: their dynamic axes.
         path: the file to write the decoder to; the encoder lies beside it.
         fuse_for: see `graph.write`.
+
+    Raises:
+        ExportError: no head of any cross-attention is left.
     """
-    beside = encoder_file(path)
-    graph.write(Encoder(model), given, axes=given_axes, path=beside, fuse_for=fuse_for)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     rows = len(next(iter(given.values())))
     tokens = torch.zeros(rows, LENGTH, dtype=torch.long)
@@ -157,6 +159,13 @@ def write_encoder_decoder(
             use_cache=True,
         )
     crossed = _layers(cache.cross_attention_cache)
+    if not crossed:
+        raise ExportError(
+            f"{path.name}: found no cross-attention with heads, expected one; a decoder that reads"
+            " nothing of its encoder makes no two graphs"
+        )
+    beside = encoder_file(path)
+    graph.write(Encoder(model), given, axes=given_axes, path=beside, fuse_for=fuse_for)
     past = {
         at: {"decoder": own} | ({"encoder": crossed[at]} if at in crossed else {})
         for at, own in _layers(cache.self_attention_cache).items()

@@ -79,6 +79,7 @@ def write(
     with quiet():
         program = OnnxExporter().export(module, dict(inputs), config=options).program
         rename_axes(program, axes)
+        widen_products(program)
         name_nodes(program, getattr(module, "called", module))
         save(program, path)
 
@@ -146,6 +147,28 @@ def name_nodes(program: Any, module: Any) -> None:
         if found is not None:
             given[found] += 1
             node.name = found if given[found] == 1 else f"{found}.{given[found]}"
+
+
+def widen_products(program: Any) -> None:
+    """Compute products of bf16 in fp32 and round them, which gives the same.
+
+    ONNX Runtime 1.31 has no bf16 product on the CPU, and Falcon makes its ALiBi slopes by one.
+    """
+    import onnx_ir
+
+    narrow, wide = onnx_ir.DataType.BFLOAT16, onnx_ir.DataType.FLOAT
+    for graph in program.graphs():
+        for node in list(graph):
+            (old, *_) = node.outputs
+            if node.op_type != "Mul" or old.dtype != narrow:
+                continue
+            given = [onnx_ir.node("Cast", [x], attributes={"to": wide}) for x in node.inputs]
+            product = onnx_ir.node("Mul", [cast.outputs[0] for cast in given])
+            rounded = onnx_ir.node("Cast", [product.outputs[0]], attributes={"to": narrow})
+            new = [*given, product, rounded]
+            onnx_ir.convenience.replace_nodes_and_values(
+                graph, node, [node], new, [old], [rounded.outputs[0]]
+            )
 
 
 def save(program: Any, path: Path) -> None:
