@@ -288,6 +288,10 @@ def _show_units(found: "Inspection") -> None:
         out.print(f"[yellow]cannot be cut: {escape(found.refusal)}[/]", soft_wrap=True)
         return
     out.print()
+    for stack in found.stacks:
+        stays = f"; {stack.stays}" if stack.stays else ""
+        text = f"{stack.name}: {stack.left} of {stack.of} layers{stays}"
+        out.print(escape(text), soft_wrap=True)
     kinds = ("heads", "queries", "neurons")
     layers = Table(box=None, pad_edge=False, header_style="bold")
     layers.add_column("can be cut", overflow="fold")

@@ -23,6 +23,7 @@ from pipeline import (
     selfcheck,
     steps,
     structure,
+    surgery,
 )
 from pipeline.checkpoint import ModelError
 from pipeline.counting import nearest
@@ -50,6 +51,16 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Depth:
+    """The layers of a stack: how many are left of how many, and which have to stay and why."""
+
+    name: str
+    left: int
+    of: int
+    stays: str
+
+
+@dataclass(frozen=True)
 class Inspection:
     """`parameters` and `multiply_adds` by part; the latter for one input of `sequence` tokens.
 
@@ -62,6 +73,7 @@ class Inspection:
     sequence: int
     parameters: dict[str, int]
     multiply_adds: dict[str, int] | None
+    stacks: list[Depth]
     layers: list[Layer]
     refusal: str
     uncounted: str
@@ -93,6 +105,7 @@ def inspect(source: str | Path, sequence: int = 128) -> Inspection:
         sequence=sequence,
         parameters=_parameters(model, parts),
         multiply_adds=multiply_adds,
+        stacks=[] if refusal else _depths(model),
         layers=_layers(groups),
         refusal=refusal,
         uncounted=uncounted,
@@ -188,6 +201,18 @@ def _multiply_adds(model: PreTrainedModel, parts: dict[str, str], sequence: int)
     found = dict.fromkeys(PARTS, 0)
     for name, count in counting.multiply_adds(model, sequence).items():
         found[_part(name, parts) if name else PARTS[-1]] += count
+    return found
+
+
+def _depths(model: PreTrainedModel) -> list[Depth]:
+    cut, found = structure.record(model)["layers"], []
+    for stack, layers in structure.stacks(model):
+        of = cut.get(stack.layers, {}).get("of", len(layers))
+        bound = surgery.why_all_stay(model, stack)
+        stays = f"all stay: {bound}" if bound else ""
+        if stack.first and not bound:
+            stays = f"layer 0 stays: {stack.first}"
+        found.append(Depth(stack.layers, len(layers), of, stays))
     return found
 
 

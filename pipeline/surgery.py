@@ -47,22 +47,28 @@ def cut_layers(model: PreTrainedModel, layers: Iterable[int | str]) -> None:
     stays = {}
     for path, numbers in removed.items():
         stack, blocks = found[path]
-        if not stack.count:
-            raise ValueError(f"{path}: found layers that share their weights; none can be cut out")
+        if bound := why_all_stay(model, stack):
+            raise ValueError(f"{path}: found {bound}; none can be cut out")
         known = done["layers"].get(path, {}).get("kept", range(len(blocks)))
         stays[path] = {at: n for at, n in enumerate(known) if n not in numbers}
         if not stays[path]:
             raise ValueError(f"{path}: found all layers, expected at least one to be left")
         if stack.first and 0 in numbers:
             raise ValueError(f"{path}.0: found layer 0, expected another one: {stack.first}")
-        if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
-            raise ValueError(
-                f"{path}: found scale_attn_by_inverse_layer_idx, expected attention that does not"
-                " depend on the layer's number; none can be cut out"
-            )
         _check_shortened(model, stack, len(blocks), [*stays[path]])
+    crossing = _crossing(model)
     for path, kept in stays.items():
         _keep_layers(model, found[path][0], found[path][1], kept, of[path])
+    _realign(model, crossing)
+
+
+def why_all_stay(model: PreTrainedModel, stack: Stack) -> str:
+    """Return what keeps all layers of a stack where they are, or nothing."""
+    if not stack.count:
+        return "layers that share their weights"
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+        return "attention that is scaled by its layer's number (scale_attn_by_inverse_layer_idx)"
+    return ""
 
 
 def _check_shortened(model: PreTrainedModel, stack: Stack, before: int, stays: list[int]) -> None:
@@ -241,8 +247,39 @@ def _check_even(group: Group, removed: set[int]) -> None:
 
 def keep(model: PreTrainedModel, group: Group, stays: list[int]) -> None:
     """Keep the units `stays` of the group, and write it down."""
+    crossing = _crossing(model)
     with torch.device("cpu"):  # a model that is being loaded is built on no device
         _take_out(model, group, stays)
+    _realign(model, crossing)
+
+
+def _crossing(model: PreTrainedModel) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return layer and head of each cross-attention's heads, as now -> as in the unpruned model.
+
+    Whisper alone asks for it, to time words by the attention of `alignment_heads`.
+    """
+    if not hasattr(getattr(model, "generation_config", None), "alignment_heads"):
+        return {}
+    return {
+        (int(group.key.split(".")[-2]), place): (group.layer, unit)
+        for group in structure.groups(model)
+        if (group.part.path, group.kind) == ("encoder_attn", "heads")
+        for place, unit in enumerate(group.kept)
+    }
+
+
+def _realign(model: PreTrainedModel, before: Mapping[tuple[int, int], tuple[int, int]]) -> None:
+    """Number the alignment heads anew, and drop them where a layer no longer attends."""
+    if not before:
+        return
+    config: Any = model.generation_config
+    now = {number: place for place, number in _crossing(model).items()}
+    numbers = [before.get((layer, head)) for layer, head in config.alignment_heads or ()]
+    left = [list(now[number]) for number in numbers if number in now]
+    if left and len({layer for layer, _ in now.values()}) == model.config.decoder_layers:
+        config.alignment_heads = left
+    else:  # the library says that there are none
+        del config.alignment_heads
 
 
 def _take_out(model: PreTrainedModel, group: Group, stays: list[int]) -> None:

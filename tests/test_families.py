@@ -10,6 +10,7 @@ from conftest import FAMILIES, SIZES, inputs, tiny
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -163,7 +164,7 @@ def test_a_layer_that_others_need_stays(name):
 
 
 def test_layers_whose_attention_depends_on_their_number_stay():
-    with pytest.raises(ValueError, match="h: found scale_attn_by_inverse_layer_idx, expected"):
+    with pytest.raises(ValueError, match="h: found attention that is scaled by its layer's number"):
         prune_layers(tiny("gpt2", scale_attn_by_inverse_layer_idx=True), [1])
 
 
@@ -296,6 +297,21 @@ def test_shards_in_bf16_load_as_they_were_saved(every, tmp_path):
     assert loaded.dtype == torch.bfloat16
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_whisper_s_alignment_heads_are_numbered_anew_or_dropped(tmp_path):
+    model = tiny("whisper")
+    model.generation_config = GenerationConfig(alignment_heads=[[0, 1], [1, 0], [1, 3]])
+    path = "model.decoder.layers.1.encoder_attn"
+    prune_heads(model, {path: [0], "model.decoder.layers.1.self_attn": [1]})
+    assert model.generation_config.alignment_heads == [[0, 1], [1, 2]]
+    prune_layers(model, ["decoder.layers.0"])
+    assert model.generation_config.alignment_heads == [[0, 2]]
+    save_pretrained(model, tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.generation_config.alignment_heads == [[0, 2]]
+    prune_heads(loaded, {"model.decoder.layers.0.encoder_attn": range(4)})
+    assert not hasattr(loaded.generation_config, "alignment_heads")
 
 
 CROSSED = {

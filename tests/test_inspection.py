@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILIES, tiny
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
-from pipeline import prune_heads, prune_neurons, save_pretrained, units
+from pipeline import prune_heads, prune_layers, prune_neurons, save_pretrained, units
 from pipeline.checkpoint import ModelError
 from pipeline.cli import main
 from pipeline.inspection import draw, head_scores, inspect
@@ -59,6 +59,22 @@ def test_the_command_shows_what_is_left(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"model\.layers\.1\.self_attn +3 of 4 +6 of 8", shown)
     assert f"{sum(p.numel() for p in model.parameters()):,}" in shown
+
+
+def test_the_command_shows_layers_and_which_have_to_stay(tmp_path, capsys):
+    model = tiny("t5")
+    prune_layers(model, ["decoder.block.1"])
+    save_pretrained(model, tmp_path / "t5")
+    save_pretrained(tiny("albert"), tmp_path / "albert")
+    for name in ("t5", "albert"):
+        with pytest.raises(SystemExit) as ended:
+            main(["inspect", str(tmp_path / name)])
+        assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    reason = "layer 0 stays: it holds the position bias of all layers"
+    assert f"encoder.block: 2 of 2 layers; {reason}" in shown
+    assert f"decoder.block: 1 of 2 layers; {reason}" in shown
+    assert "1 of 1 layers; all stay: layers that share their weights" in shown
 
 
 def test_what_cannot_be_counted_is_said(tmp_path, capsys):
