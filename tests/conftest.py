@@ -182,6 +182,8 @@ FAMILIES = {
     ),
     "xlm-roberta": ("XLMRoberta", "SequenceClassification", SIZES),
 }
+SHARED = ["gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3"]
+SHARED += ["smollm3"]
 HEADS = {
     "bert-tokens": ("Bert", "TokenClassification", SIZES),
     "bert-answers": ("Bert", "QuestionAnswering", SIZES),
@@ -213,6 +215,12 @@ def tiny(family: str, seed: int = 0, **changes: object) -> PreTrainedModel:
     logits = outputs.logits if "logits" in outputs else outputs.start_logits
     assert (logits[0] - logits[1]).abs().max() > 0.1
     return model
+
+
+def grouped(family: str) -> PreTrainedModel:
+    """Return a tiny model whose query heads share key/value heads, where the family has such."""
+    sharing = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    return tiny(family, **sharing if family == "phi" else {})
 
 
 def batch(length: int = 11) -> dict[str, torch.Tensor]:

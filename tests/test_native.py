@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, inputs, tiny
+from conftest import FAMILIES, SHARED, grouped, inputs, tiny
 
 from pipeline import (
     from_pretrained,
@@ -15,8 +15,7 @@ from pipeline import (
 )
 from pipeline.checkpoint import without_weights
 
-HEADS = ["gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"]
-HEADS += ["smollm3", "phi", "vit", "deit"]
+HEADS = [*SHARED, "vit", "deit"]
 FIXED = ["bloom"]
 """The width of its FFN is four times the model's, whatever the configuration says."""
 
@@ -48,8 +47,9 @@ def test_as_many_heads_in_every_layer(name, tmp_path):
     check(model, tmp_path)
 
 
-def test_as_many_query_heads_of_every_head(tmp_path):
-    model = tiny("llama")
+@pytest.mark.parametrize("name", SHARED)
+def test_as_many_query_heads_of_every_head(name, tmp_path):
+    model = grouped(name)
     prune_queries(model, {path: [0, 3, 4, 7] for path in units(model).queries})
     check(model, tmp_path)
     assert model.config.num_attention_heads == 4
