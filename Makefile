@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/secateur run configs/quickstart.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

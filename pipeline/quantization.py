@@ -23,9 +23,12 @@ from onnx import ModelProto
 from exporters.onnx.graph import EXTERNAL_BYTES, MATRIX, PLACES, store
 from exporters.onnx.session import Arrays, feeder, inputs_of, runtime
 from pipeline import migration, weight_only
+from pipeline.products import straighten
 
 INTEGER: Final = frozenset({"MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "QLinearMatMul"})
 """The operators that multiply integers."""
+BLOCKED: Final = frozenset({"MatMulNBits", "GatherBlockQuantized"})
+"""The operators that read weights in blocks."""
 KEPT_FP32: Final = (
     "LayerNormalization",
     "SkipLayerNormalization",
@@ -159,12 +162,16 @@ def int8_weights(graph: ModelProto, target: Path, options: Options) -> int:
         return count
     with quiet():
         graph = weight_only.blockwise(
-            graph, 8, "rtn", options.block_size, options.left, symmetric=options.symmetric
+            graph,
+            8,
+            "rtn",
+            options.block_size,
+            options.left,
+            symmetric=options.symmetric,
+            embeddings=options.embeddings,
         )
-    if options.embeddings:
-        weight_only.dequantized(graph, options.left, matrices=False, embeddings=True)
     store(graph, target)
-    return _count(target, lambda node, _: node.op_type == "MatMulNBits")
+    return _count(target, lambda node, _: node.op_type in BLOCKED)
 
 
 def int4_weights(graph: ModelProto, target: Path, options: Options) -> int:
@@ -184,7 +191,7 @@ def int4_weights(graph: ModelProto, target: Path, options: Options) -> int:
     store(graph, target)
     if options.portable:
         return _count(target, lambda node, q: node.op_type == "MatMul" and node.input[1] in q)
-    return _count(target, lambda node, _: node.op_type == "MatMulNBits")
+    return _count(target, lambda node, _: node.op_type in BLOCKED)
 
 
 def fp16(graph: ModelProto, target: Path, options: Options) -> int:
@@ -254,6 +261,7 @@ def quantize(source: Path, target: Path, method: str, options: Options) -> int:
         raise QuantizationError(NOTHING.format(method))
     if method != "fp16":
         del graph.graph.value_info[:]  # the exporter's shapes go stale when weights are transposed
+        straighten(graph, options.left, tied=options.embeddings)
     count = METHODS[method].quantize(graph, target, options)
     if not count:
         raise QuantizationError(NOTHING.format(method))
@@ -294,6 +302,9 @@ def layers(path: Path) -> dict[str, list[str]]:
     """
     graph = onnx.load(path, load_external_data=False).graph
     constants = {x.name for x in graph.initializer if len(x.dims) == MATRIX}
+    for node in graph.node:
+        if node.op_type == "Transpose" and node.input[0] in constants:
+            constants.add(node.output[0])
     found: dict[str, list[str]] = {}
     for node in graph.node:
         place = PLACES.get(node.op_type)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
 
@@ -196,15 +197,24 @@ def _leave_out(
 
 
 def _calibration(work: Work) -> Iterator[Arrays]:
-    """Yield the inputs of the calibration split, batch by batch."""
+    """Yield the inputs of the calibration split, those of one length in a batch.
+
+    So none is padded: what stands at padding counts in no output, but would in the ranges.
+    """
     windows = [w.inputs for example in work.examples("calibration") for w in example.windows]
     if len(windows) < FEWEST_WINDOWS:
         raise DataError(
             f"task.splits.calibration: found {len(windows)} windows, expected at least"
             f" {FEWEST_WINDOWS} to find the ranges of activations on"
         )
-    for start in range(0, len(windows), CALIBRATION_BATCH):
-        yield collate(windows[start : start + CALIBRATION_BATCH], work.padding)
+
+    def length(window: Arrays) -> int:
+        return max(array.shape[-1] for array in window.values())
+
+    for _, group in groupby(sorted(windows, key=length), key=length):
+        alike = list(group)
+        for start in range(0, len(alike), CALIBRATION_BATCH):
+            yield collate(alike[start : start + CALIBRATION_BATCH], work.padding)
 
 
 def _known(before: Artifact) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from exporters.onnx.graph import MATRIX, PLACES
 from exporters.onnx.session import Arrays, run_over
+from pipeline.products import replace, straighten, weights
 
 ALGORITHMS: Final = frozenset({"gptq", "hqq", "k-quant", "rtn"})
 CALIBRATED: Final = frozenset({"gptq"})
@@ -81,7 +81,7 @@ def blockwise(
         found: ModelProto = quantizer.model.model
         return found
 
-    _as_products(graph)
+    straighten(graph, left, gemm=True)
     if algorithm in OWN_NODES:
         _in_blocks(graph, algorithm, block_size, left, calibration, symmetric=symmetric)
     elif algorithm == "hqq":
@@ -162,7 +162,7 @@ def _in_blocks(
     """
     from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor_k_quant_cpu
 
-    chosen = [(n, w) for n, place, w in _weights(graph, left) if place == 1]
+    chosen = [(n, w) for n, place, w in weights(graph, left) if place == 1]
     grams = {}
     if algorithm == "gptq":
         widths = {node.input[0]: weight.dims[0] for node, weight in chosen}
@@ -181,7 +181,7 @@ def _in_blocks(
             quantized = of_columns.T.astype(np.uint8), scales, zeros
         at = next(i for i, other in enumerate(nodes) if other is node or other == node)
         nodes[at] = _block_node(graph, node, weight.name, quantized, block_size)
-    _replace(graph, nodes)
+    replace(graph, nodes)
 
 
 def _block_node(
@@ -248,32 +248,6 @@ def _grams(
     return {name: gram / max(count, 1) for name, gram in found.items()}
 
 
-def _as_products(graph: ModelProto) -> None:
-    """Make a MatMul and an Add of every Gemm with a constant matrix, which the library leaves."""
-    constants = {initializer.name: initializer for initializer in graph.graph.initializer}
-    nodes: list[NodeProto] = []
-    for node in graph.graph.node:
-        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        plain = attributes.get("alpha", 1) == attributes.get("beta", 1) == 1
-        weight = constants.get(node.input[1]) if node.op_type == "Gemm" and plain else None
-        if weight is None or attributes.get("transA"):
-            nodes.append(node)
-            continue
-        name = weight.name
-        if attributes.get("transB"):
-            name = f"{weight.name}.transposed"
-            if name not in constants:
-                transposed = np.ascontiguousarray(numpy_helper.to_array(weight).T)
-                graph.graph.initializer.append(numpy_helper.from_array(transposed, name))
-                constants[name] = graph.graph.initializer[-1]
-        given, biased = node.output[0], len(node.input) > MATRIX
-        product = f"{given}.product" if biased else given
-        nodes.append(helper.make_node("MatMul", [node.input[0], name], [product], name=node.name))
-        if biased:
-            nodes.append(helper.make_node("Add", [product, node.input[2]], [given]))
-    _replace(graph, nodes)
-
-
 def dequantized(
     graph: ModelProto, left: frozenset[str], *, matrices: bool = True, embeddings: bool = False
 ) -> int:
@@ -282,7 +256,7 @@ def dequantized(
     A matrix `(I, O)` gets a scale for each of its O columns, a table `(V, D)` for each of its rows.
     """
     count, added = 0, dict[str, NodeProto]()
-    for node, place, weight in _weights(graph, left):
+    for node, place, weight in weights(graph, left):
         table = node.op_type == "Gather"
         if not (embeddings if table else matrices):
             continue
@@ -300,7 +274,7 @@ def dequantized(
             )
         node.input[place] = f"{name}.dequantized"
     nodes = [*added.values(), *graph.graph.node]
-    _replace(graph, nodes)
+    replace(graph, nodes)
     return count
 
 
@@ -314,7 +288,7 @@ def rounded(weight: NDArray[Any], axis: int) -> tuple[NDArray[np.int8], NDArray[
 def _tables(graph: ModelProto, block_size: int, left: frozenset[str]) -> None:
     """Put embedding tables into blocks of int8, looked up by an operator of ONNX Runtime's own."""
     nodes = list(graph.graph.node)
-    for node, _, weight in _weights(graph, left):
+    for node, _, weight in weights(graph, left):
         if node.op_type != "Gather":
             continue
         array = numpy_helper.to_array(weight)
@@ -342,34 +316,4 @@ def _tables(graph: ModelProto, block_size: int, left: frozenset[str]) -> None:
             quantize_axis=1,
             gather_axis=0,
         )
-    _replace(graph, nodes)
-
-
-def _weights(
-    graph: ModelProto, left: frozenset[str]
-) -> Iterator[tuple[NodeProto, int, TensorProto]]:
-    """Yield the nodes that read a constant matrix, the place among their inputs, and the matrix."""
-    constants = {initializer.name: initializer for initializer in graph.graph.initializer}
-    for node in list(graph.graph.node):
-        place = PLACES.get(node.op_type)
-        if place is None or node.name in left:
-            continue
-        weight = constants.get(node.input[place])
-        if weight is None or weight.data_type != TensorProto.FLOAT:
-            continue
-        if len(weight.dims) == MATRIX:
-            yield node, place, weight
-
-
-def _replace(graph: ModelProto, nodes: list[NodeProto]) -> None:
-    """Give the graph these nodes, and drop the constants that none of them reads."""
-    copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.graph.node[:]
-    graph.graph.node.extend(copies)
-    read = {name for node in copies for name in node.input} | {o.name for o in graph.graph.output}
-    unread = [x for x in graph.graph.initializer if x.name not in read]
-    for initializer in unread:
-        graph.graph.initializer.remove(initializer)
-    own = any(node.domain == "com.microsoft" for node in copies)
-    if own and all(opset.domain != "com.microsoft" for opset in graph.opset_import):
-        graph.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    replace(graph, nodes)

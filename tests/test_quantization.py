@@ -13,6 +13,7 @@ from conftest import tiny, write_recipe
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.data import DataError
+from benchmarks.machine import describe
 from exporters import onnx as exporter
 from exporters.onnx.graph import store
 from pipeline import migration, mixed, prune_heads, prune_neurons, weight_only
@@ -86,8 +87,12 @@ def weight_bytes(path) -> int:
 )
 def test_weights_are_small_and_outputs_near(tmp_path, exported, family, case):
     method, given = CASES[case]
-    options = Options(embeddings="embeddings" in METHODS[method].options, **given)
-    options = Options(**{**vars(options), "calibration": calibration})
+    options = Options(
+        embeddings="embeddings" in METHODS[method].options,
+        reduce_range=describe().saturates,
+        calibration=calibration,
+        **given,
+    )
     standard = options.portable or METHODS[method].standard
     source, target = exported(family, standard=standard), tmp_path / "quantized.onnx"
     count = quantize(source, target, method, options)
@@ -114,6 +119,26 @@ def test_embeddings_shrink_only_when_asked(tmp_path, exported, method):
     table = 32 * (99 + 64 + 2)  # words, positions and types, with four bytes each before
     saved = {"int4-weights": 3.375, "int8-weights": 2.875}.get(method, 3)
     assert sizes[0] - sizes[1] == pytest.approx(saved * table, rel=0.15)
+
+
+@pytest.mark.parametrize("standard", [False, True])
+def test_a_head_tied_to_the_embeddings_goes_with_them(tmp_path, standard):
+    path, target = tmp_path / "tied.onnx", tmp_path / "q.onnx"
+    model = tiny("llama", tie_word_embeddings=True, vocab_size=600)
+    samples, fuse_for = [inputs(2, 11), inputs(3, 17)], None if standard else "cpu"
+    exporter.export(model, samples, axes=("batch", "sequence"), path=path, fuse_for=fuse_for)
+    table, dense = 600 * 32 * 4, weight_bytes(path)
+    counts, sizes = [], []
+    for embeddings in (False, True):
+        options = Options(embeddings=embeddings, portable=standard)
+        counts.append(quantize(path, target, "int8-weights", options))
+        sizes.append(weight_bytes(target))
+        exact, near = logits(path), logits(target)
+        assert np.corrcoef(exact.ravel(), near.ravel())[0, 1] > 0.95
+    # It is there once, whole, or twice with a quarter of its size.
+    assert counts[1] - counts[0] >= 1
+    assert sizes[0] > table + 0.2 * (dense - table)
+    assert sizes[1] < 0.4 * (dense - table) + 0.65 * table
 
 
 def test_what_is_left_out_stays_as_it_is(tmp_path, exported):

@@ -21,7 +21,7 @@ EXTERNAL_BYTES: Final = 1 << 30
 """From this size on the weights lie in a file of their own; protobuf ends at 2 GiB."""
 OPSET: Final = 21
 MATRIX: Final = 2
-PLACES: Final[Mapping[str, int]] = {"MatMul": 1, "Gemm": 1, "Gather": 0}
+PLACES: Final[Mapping[str, int]] = {"MatMul": 1, "FusedMatMul": 1, "Gemm": 1, "Gather": 0}
 """The place of a constant matrix among an operator's inputs."""
 LONGEST: Final = 1 << 20
 
@@ -134,11 +134,16 @@ def name_nodes(program: Any, module: Any) -> None:
     given: Counter[str] = Counter()
     for node in program.graph:
         place = PLACES.get(node.op_type)
-        constant = node.inputs[place].const_value if place is not None else None
+        if place is None:
+            continue
+        value, attribute = node.inputs[place], node.attributes.get("transB")
+        rows = node.op_type == "Gather" or (attribute is not None and attribute.as_int())
+        before = value.producer()
+        if before is not None and before.op_type == "Transpose":
+            value, rows = before.inputs[0], True
+        constant = value.const_value
         if constant is None or len(constant.shape) != MATRIX or not constant.size:
             continue
-        attribute = node.attributes.get("transB")
-        rows = node.op_type == "Gather" or (attribute is not None and attribute.as_int())
         array = constant.numpy()
         found = modules.get((array[0] if rows else array[:, 0]).tobytes())
         if node.op_type == "Gather":  # the first row may be padding, all zeros in several tables
