@@ -8,16 +8,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from matplotlib.figure import Figure
-from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
 from pipeline import (
     checkpoint,
     counting,
+    parts,
     pruning,
     schedules,
     selfcheck,
@@ -26,14 +26,11 @@ from pipeline import (
     surgery,
 )
 from pipeline.checkpoint import ModelError
-from pipeline.counting import nearest
 from pipeline.criteria import CRITERIA
 from pipeline.masks import LEARNERS
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.settings import Prune
 from pipeline.work import Work
-
-PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head and rest")
 
 
 @dataclass(frozen=True)
@@ -92,10 +89,10 @@ def inspect(source: str | Path, sequence: int = 128) -> Inspection:
         groups = structure.groups(model)
     except ValueError as error:
         refusal = str(error)
-    parts = _parts(model, groups)
+    known = parts.places(model)
     sequence = min(sequence, getattr(model.config, "max_position_embeddings", None) or sequence)
     try:
-        multiply_adds = _multiply_adds(model, parts, sequence)
+        multiply_adds = _multiply_adds(model, known, sequence)
     except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
         # Its inputs cannot be made up, or its forward asks for values that no shape tells.
         uncounted = checkpoint.first_line(error)
@@ -103,7 +100,7 @@ def inspect(source: str | Path, sequence: int = 128) -> Inspection:
         kind=type(model).__name__,
         family=model.config.model_type,
         sequence=sequence,
-        parameters=_parameters(model, parts),
+        parameters=parts.parameters(model, known),
         multiply_adds=multiply_adds,
         stacks=[] if refusal else _depths(model),
         layers=_layers(groups),
@@ -165,42 +162,10 @@ def draw(scores: Mapping[str, Sequence[float]], path: Path) -> None:
     figure.savefig(path)
 
 
-def _parts(model: PreTrainedModel, groups: list[structure.Group]) -> dict[str, str]:
-    """Return module path -> part; what lies in none of the modules belongs to the last part."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            found[name] = "embeddings"
-    for group in groups:
-        paths = [group.path]
-        if not group.part.path:  # the FFN's matrices lie on the layer itself
-            paths = [f"{group.path}.{part.path}" for part in group.part.inputs]
-            paths.append(f"{group.path}.{group.part.output}")
-        found |= dict.fromkeys(paths, "ffn" if group.kind == "neurons" else "attention")
-    if groups:
-        base = structure.prefix(model)
-        for stack, layers in structure.stacks(model):
-            for at in range(len(layers)):
-                found.setdefault(f"{base}{stack.layers}.{at}", "rest of the layers")
-    return found
-
-
-def _part(name: str, parts: dict[str, str]) -> str:
-    place = name if name in parts else nearest(name, parts)
-    return PARTS[-1] if place is None else parts[place]
-
-
-def _parameters(model: PreTrainedModel, parts: dict[str, str]) -> dict[str, int]:
-    found = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        found[_part(name, parts)] += parameter.numel()
-    return found
-
-
-def _multiply_adds(model: PreTrainedModel, parts: dict[str, str], sequence: int) -> dict[str, int]:
-    found = dict.fromkeys(PARTS, 0)
+def _multiply_adds(model: PreTrainedModel, known: dict[str, str], sequence: int) -> dict[str, int]:
+    found = dict.fromkeys(parts.PARTS, 0)
     for name, count in counting.multiply_adds(model, sequence).items():
-        found[_part(name, parts) if name else PARTS[-1]] += count
+        found[parts.part_of(name, known) if name else parts.PARTS[-1]] += count
     return found
 
 

@@ -218,6 +218,12 @@ class Quantize(Strict):
             )
         if self.algorithm in ASYMMETRIC and "symmetric" in self.model_fields_set and self.symmetric:
             raise ValueError(f"{self.algorithm} has zero points, expected no `symmetric: true`")
+        columns = self.portable and self.method == "int8-weights"
+        if columns and {"block_size", "symmetric"} & self.model_fields_set:
+            raise ValueError(
+                "portable int8-weights have a scale for each column, expected no `block_size` or"
+                " `symmetric`"
+            )
         if self.portable and self.algorithm != "rtn":
             raise ValueError(
                 f"found `portable` and {self.algorithm}, expected rtn, the one algorithm that"

@@ -23,7 +23,7 @@ from benchmarks.data import DataError
 from benchmarks.tasks import Arrays, collate
 from benchmarks.worker import InProcess
 from exporters import onnx
-from pipeline import checkpoint, mixed, quantization, sources
+from pipeline import checkpoint, mixed, parts, quantization, sources
 from pipeline.checkpoint import ModelError
 from pipeline.recipe import ORIGINAL
 from pipeline.settings import Finetune, Quantize, trained
@@ -119,7 +119,11 @@ def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
         )
         difference = once(work.track, "exporting", export)
         _copy_around(before.entry.folder, folder)
-        return _known(before) | {"details": {"difference_to_torch": difference}}
+        details = {
+            "difference_to_torch": difference,
+            "bytes_by_part": parts.bytes_of_graph(folder / onnx.MODEL, model),
+        }
+        return _known(before) | {"details": details}
 
     key = {"input": before.entry.digest, "export": "onnx", "fused_for": fuse_for}
     return work.make("onnx", key, make)
@@ -150,6 +154,8 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
         )
         details["quantized_nodes"] = once(work.track, "quantizing", quantize)
         _copy_around(source.folder, folder)
+        model = checkpoint.without_weights(source.folder, work.task.auto_class)
+        details["bytes_by_part"] = parts.bytes_of_graph(path, model)
         return _known(before) | {"details": details}
 
     key = {

@@ -21,7 +21,16 @@ from benchmarks.data import Row
 from benchmarks.data import load as load_data
 from benchmarks.machine import Unavailable
 from benchmarks.tasks import TASKS, Arrays, Example, collate, label_names, padding
-from pipeline import checkpoint, native, processes, pruning, selfcheck, sources, structure
+from pipeline import (
+    checkpoint,
+    native,
+    parts,
+    processes,
+    pruning,
+    selfcheck,
+    sources,
+    structure,
+)
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import ModelError
 from pipeline.recipe import Recipe
@@ -140,7 +149,8 @@ class Work:
         """Write a torch artifact, and return what is known of it."""
         checkpoint.save_pretrained(model, folder)
         self.processor.save_pretrained(folder)
-        about = {"parameters": model.num_parameters(), "details": dict(details)}
+        found = {**details, "bytes_by_part": parts.bytes_of_model(model)}
+        about: dict[str, Any] = {"parameters": model.num_parameters(), "details": found}
         try:
             heads, neurons = structure.left(model, "heads"), structure.left(model, "neurons")
         except ValueError:  # a family that cannot be pruned can still be quantized and exported

@@ -293,6 +293,7 @@ def test_too_few_examples_to_calibrate_on_are_refused(tmp_path):
         ({"method": "int8-dynamic", "algorithm": "hqq"}, r"found \['algorithm'\] with int8-dyn"),
         ({"method": "int4-weights", "algorithm": "hqq", "symmetric": True}, "has zero points"),
         ({"method": "int4-weights", "algorithm": "gptq", "portable": True}, "expected rtn"),
+        ({"method": "int8-weights", "portable": True, "block_size": 16}, "scale for each column"),
         ({"method": "int4-weights", "block_size": 20}, "block_size: Input should be 16, 32"),
         ({"method": "int4-weights", "algorithm": "gtpq"}, "did you mean 'gptq'"),
     ],

@@ -1,0 +1,109 @@
+"""What a model's parameters, or the bytes of its file, are spent on."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+import onnx
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline import selfcheck, structure
+from pipeline.counting import nearest
+
+PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head and rest")
+
+
+def places(model: PreTrainedModel) -> dict[str, str]:
+    """Return module path -> part; what lies in none of the modules belongs to the last part.
+
+    Of a family that cannot be cut only the embeddings are told from the rest.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            found[name] = "embeddings"
+    try:
+        selfcheck.ensure(model)
+        groups = structure.groups(model)
+    except ValueError:
+        return found
+    for group in groups:
+        paths = [group.path]
+        if not group.part.path:  # the FFN's matrices lie on the layer itself
+            paths = [f"{group.path}.{part.path}" for part in group.part.inputs]
+            paths.append(f"{group.path}.{group.part.output}")
+        found |= dict.fromkeys(paths, "ffn" if group.kind == "neurons" else "attention")
+    if groups:
+        base = "" if model.base_model is model else f"{model.base_model_prefix}."
+        for stack, layers in structure.stacks(model):
+            for at in range(len(layers)):
+                found.setdefault(f"{base}{stack.layers}.{at}", "rest of the layers")
+    return found
+
+
+def part_of(name: str, known: Mapping[str, str]) -> str:
+    """Return the part that a parameter or a module belongs to; `known` is what `places` gave."""
+    place = name if name in known else nearest(name, known)
+    return PARTS[-1] if place is None else known[place]
+
+
+def parameters(model: PreTrainedModel, known: Mapping[str, str]) -> dict[str, int]:
+    """Return the number of parameters by part."""
+    found = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        found[part_of(name, known)] += parameter.numel()
+    return found
+
+
+def bytes_of_model(model: PreTrainedModel) -> dict[str, int]:
+    """Return the bytes of the parameters by part."""
+    found, known = dict.fromkeys(PARTS, 0), places(model)
+    for name, parameter in model.named_parameters():
+        found[part_of(name, known)] += parameter.numel() * parameter.element_size()
+    return found
+
+
+def bytes_of_graph(path: Path, model: PreTrainedModel) -> dict[str, int]:
+    """Return the bytes of a graph's constants by part.
+
+    A constant belongs to the module that it, or the node that reads it in the end, is named after
+    (see `exporters.onnx.graph.name_nodes`). What names tell nothing of belongs to the last part.
+
+    Args:
+        path: an ONNX file, quantized or not.
+        model: what it was exported from; its weights are not looked at.
+    """
+    known = places(model)
+    modules = {name for name, _ in model.named_modules() if name}
+    graph = onnx.load(path, load_external_data=False).graph
+    readers: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, node)
+
+    def names(constant: str) -> Iterator[str]:
+        yield constant.removeprefix("called.")
+        reader = readers.get(constant)
+        while reader is not None:
+            yield reader.name
+            reader = readers.get(reader.output[0]) if reader.op_type in PASSING else None
+
+    found = dict.fromkeys(PARTS, 0)
+    for constant in graph.initializer:
+        size = next((int(e.value) for e in constant.external_data if e.key == "length"), 0)
+        module = next((m for n in names(constant.name) if (m := _module(n, modules))), "")
+        found[part_of(module, known)] += size or len(constant.raw_data) or constant.ByteSize()
+    return found
+
+
+PASSING: Final = frozenset({"Cast", "DequantizeLinear", "QuantizeLinear", "Reshape", "Transpose"})
+"""Operators that hand a constant on to what multiplies with it."""
+
+
+def _module(name: str, modules: set[str]) -> str:
+    """Return the longest module path that a name begins with; quantizers put endings behind it."""
+    while name and name not in modules:
+        at = max(name.rfind("."), name.rfind("_"))
+        name = name[: max(at, 0)]
+    return name
