@@ -113,6 +113,8 @@ def main() -> None:
     if options.cut:
         cut(*options.cut)
         return
+    if options.model is None or options.data is None:
+        parser.error("expected MODEL and DATA")
     console = Console()
     score, epoch, ratio = scoring(options.model, options.data, options.examples)
     console.print(

@@ -2,7 +2,7 @@
 
 Everything that pruning wants to know of a unit is seen at one place, the input of the matrix that
 reads it: the gradient of a mask on the unit, and the second moments for the repair. One pass over
-the data serves all layers at once.
+the data serves all layers that are asked for at once.
 
 B examples of a batch, T tokens, U units, I inputs of a matrix, w inputs of a unit (I = U w).
 """
@@ -21,9 +21,15 @@ from benchmarks.tasks import Example, collate
 Batch = dict[str, Tensor]
 
 
-def batches(examples: Sequence[Example], padding: Mapping[str, int], size: int) -> Iterator[Batch]:
-    """Yield inputs and labels of every window of the examples, `size` at a time."""
+def batches(
+    examples: Sequence[Example], padding: Mapping[str, int], size: int, *, every: int = 1
+) -> Iterator[Batch]:
+    """Yield inputs and labels of the windows of the examples, of one in so many, `size` at a time.
+
+    With `every` of `HELD_OUT_EVERY` these are the windows that `moments` holds out.
+    """
     windows = [{**w.inputs, **w.labels} for example in examples for w in example.windows]
+    windows = windows[every - 1 :: every]
     for start in range(0, len(windows), size):
         arrays = collate(windows[start : start + size], padding)
         yield {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -66,12 +72,12 @@ def mask_gradients(
     """
     model.eval()
     found: dict[str, list[Tensor]] = {name: [] for name in readers}
-    seen: dict[str, Tensor] = {}
+    seen: list[tuple[str, Tensor]] = []  # a reader that layers share runs several times
 
     def see(name: str, states: Tensor) -> None:
         if not states.requires_grad:
             states.requires_grad_()
-        seen[name] = states
+        seen.append((name, states))
 
     with watching(readers, see):
         for batch in track(data, "scoring units", total):
@@ -83,10 +89,14 @@ def mask_gradients(
                 raise FloatingPointError(
                     f"scoring: found the loss {loss.item()}, expected a number"
                 )
-            gradients = torch.autograd.grad(loss, list(seen.values()))
-            for (name, states), gradient in zip(seen.items(), gradients, strict=True):
+            gradients = torch.autograd.grad(loss, [states for _, states in seen])
+            sums: dict[str, Tensor] = {}
+            for (name, states), gradient in zip(seen, gradients, strict=True):
                 products = (states.detach() * gradient).reshape(size, -1, states.shape[-1]).sum(1)
-                found[name].append(products.reshape(size, counts[name], -1).sum(2))
+                each = products.reshape(size, counts[name], -1).sum(2)
+                sums[name] = sums[name] + each if name in sums else each
+            for name, each in sums.items():
+                found[name].append(each)
             seen.clear()
     return {name: torch.cat(parts) for name, parts in found.items()}
 
@@ -119,20 +129,26 @@ def moments(
 
     Raises:
         FloatingPointError: an input is not finite.
+        ValueError: there are too few windows to hold one out.
     """
     model.eval()
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    parts: tuple[Tensor, Tensor]
+    batch: Batch = {}
+    held_out = torch.zeros(0, dtype=torch.bool)
     count = 0
 
     def see(name: str, states: Tensor) -> None:
-        rows = states.double()
+        rows = states.double().reshape(len(held_out), -1, states.shape[-1])  # OPT's are flat
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
         if name not in sums:
             width = rows.shape[-1]
             sums[name] = rows.new_zeros(width, width), rows.new_zeros(width, width)
-        for moment, chosen in zip(sums[name], parts, strict=True):
-            part = rows[chosen].reshape(-1, rows.shape[-1])
+        decodes = model.config.is_encoder_decoder and "decoder" in name
+        tokens = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+        if tokens is None or tokens.shape != rows.shape[:2]:
+            tokens = rows.new_ones(rows.shape[:2])
+        for moment, chosen in zip(sums[name], (~held_out, held_out), strict=True):
+            part = rows[tokens.bool() & chosen[:, None]]
             moment.addmm_(part.T, part)
 
     with watching(readers, see):
@@ -140,13 +156,14 @@ def moments(
             size = len(next(iter(batch.values())))
             held_out = torch.arange(count, count + size) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             count += size
-            parts = ~held_out, held_out
-            if "attention_mask" in batch:
-                tokens = batch["attention_mask"].bool()
-                parts = tokens & ~held_out[:, None], tokens & held_out[:, None]
             model(**batch)
+    if count < HELD_OUT_EVERY:
+        raise ValueError(
+            f"calibration: found {count} windows, expected at least {HELD_OUT_EVERY}, of which one"
+            " is held out"
+        )
     found = {name: Moments(*both) for name, both in sums.items()}
     for name, moment in found.items():
-        if not torch.isfinite(moment.fit).all():
+        if not (moment.fit.isfinite().all() and moment.held_out.isfinite().all()):
             raise FloatingPointError(f"{name}: found NaN or infinity, expected numbers")
     return found

@@ -41,6 +41,7 @@ def drop_layers(
         ValueError: the model cannot be cut.
     """
     selfcheck.ensure(model)
+    refuse_layers(model)
     cut = structure.record(model)["layers"]
     candidates: dict[str, Without] = {}
     keep_one: dict[str, set[str]] = {}
@@ -49,8 +50,6 @@ def drop_layers(
         numbers = cut.get(stack.layers, {}).get("kept", range(len(blocks)))
         names = [f"{stack.layers}.{number}" for number in numbers]
         count += len(names)
-        if not stack.count:  # its layers share their weights
-            continue
         keep_one[stack.layers] = set(names)
         for number, name, block in zip(numbers, names, blocks, strict=True):
             if not (stack.first and number == 0):
@@ -60,6 +59,13 @@ def drop_layers(
     )
     surgery.cut_layers(model, gone)
     return gone
+
+
+def refuse_layers(model: PreTrainedModel) -> None:
+    """Raise ValueError if a stack has to keep all its layers."""
+    for stack, _ in structure.stacks(model):
+        if bound := surgery.why_all_stay(model, stack):
+            raise ValueError(f"{stack.layers}: found {bound}; none can be cut out")
 
 
 def drop_sublayers(

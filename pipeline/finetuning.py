@@ -245,7 +245,12 @@ def _step(found: Tensor, state: _State, learner: Learner | None, accelerator: Ac
     if learner is not None:
         _learn(learner, accelerator)
     weights = [p for name, p in state.named.items() if not name.startswith(_LEARNER)]
-    accelerator.clip_grad_norm_(weights, LARGEST_NORM)
+    norm = accelerator.clip_grad_norm_(weights, LARGEST_NORM)
+    if norm is not None and not torch.isfinite(norm):
+        raise TrainingError(
+            f"finetune: found gradients of the norm {float(norm)} at step {state.step + 1},"
+            " expected a number; lower the learning rate"
+        )
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1

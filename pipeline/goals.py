@@ -179,7 +179,9 @@ class _Trial:
             self._groups, self._levels, chosen, self._whole, strict=True
         ):
             masked = torch.zeros_like(whole)
-            masked[:, pruning.columns(group, of_group[at].places)] = of_group[at].weight
+            masked[:, pruning.columns(group, of_group[at].places)] = of_group[at].weight.to(
+                masked.dtype
+            )
             pruning.write_reader(group, masked)
         return divergence(self._model, self._dense, self._held_out)
 

@@ -140,8 +140,11 @@ def choose_and_cut(
         track: shows progress.
 
     Raises:
-        ValueError: the model cannot be cut, or a reader has no bias that could be repaired.
+        ValueError: the model cannot be cut, a reader has no bias that could be repaired, or there
+            is too little data; query heads have no scores.
     """
+    if fractions.get("queries"):
+        raise ValueError("queries: found a share, expected numbers; use prune_queries")
     selfcheck.ensure(model)
     groups = [g for g in structure.groups(model) if g.kept and fractions.get(g.kind)]
     if not groups:

@@ -30,7 +30,7 @@ from pipeline import (
 from pipeline.checkpoint import ModelError
 from pipeline.masks import LEARNERS, Masks, Movement
 from pipeline.settings import Goal, Prune, Training
-from pipeline.store import Entry
+from pipeline.store import Entry, NotMade
 from pipeline.structure import Kind
 from pipeline.work import Artifact, Work
 
@@ -52,26 +52,35 @@ def prune(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -
         if step.finetune is None:
             return reached
         trained = finetune(work, step.finetune, replace(before, entry=reached), teacher)
-        details = {**reached.about["details"], **trained.about["details"]}
-        return replace(trained, about={**trained.about, "details": details})
+        about = {
+            "details": {**reached.about["details"], **trained.about["details"]},
+            "seconds": reached.about["seconds"] + trained.about["seconds"],
+        }
+        return replace(trained, about={**trained.about, **about})
     if step.finetune is None and step.rounds == 1 and step.max_drop is None:
         return _cut(work, step, before)
     return _iterate(work, step, before, teacher)
 
 
-def finetune(work: Work, settings: Training, before: Artifact, teacher: Artifact | None) -> Entry:
-    """Train, towards the teacher if there is one."""
+def finetune(
+    work: Work,
+    settings: Training,
+    before: Artifact,
+    teacher: Artifact | None,
+    turn: int = 0,
+) -> Entry:
+    """Train, towards the teacher if there is one; each turn on other windows of the data."""
 
     def go(unfinished: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
         model = checkpoint.from_pretrained(before.entry.folder)
-        trained = training.train(work, settings, model, teacher, unfinished=unfinished)
+        trained = training.train(work, settings, model, teacher, turn=turn, unfinished=unfinished)
         return model, training.details(trained)
 
     def make(folder: Path) -> dict[str, Any]:
         model, details = go(folder)
         return work.write(model, folder, details)
 
-    key = {"input": before.entry.digest} | training.key(work, settings, teacher)
+    key = {"input": before.entry.digest} | training.key(work, settings, teacher, turn)
     return work.make("finetune", key, make, join=go)
 
 
@@ -187,11 +196,11 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
         part = {"rounds": 1, "finetune": None, "max_drop": None} | shares
         try:
             entry = _cut(work, step.model_copy(update=part), now)
-        except NothingToCut:
+        except (NothingToCut, NotMade):
             continue  # too small a part for `multiple`, or every layer is at its last unit
         cut = entry.about
         if step.finetune is not None:
-            entry = finetune(work, step.finetune, replace(now, entry=entry), teacher)
+            entry = finetune(work, step.finetune, replace(now, entry=entry), teacher, turn=at)
         seconds += cut["seconds"] + (entry.about["seconds"] if step.finetune else 0.0)
         done: dict[str, Any] = {k: sum(entry.about[k]) for k in ("heads", "neurons")}
         if reference is not None and step.max_drop is not None:
@@ -204,7 +213,8 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
         for path, units in cut["details"]["removed"].items():
             details["removed"][path] = sorted([*details["removed"].get(path, []), *units])
         details.setdefault("scores", cut["details"]["scores"])
-        details |= {k: v for k, v in cut["details"].items() if k.startswith("dropped_")}
+        kept = ("dropped_layers", "dropped_sublayers", "repairs")
+        details |= {name: cut["details"][name] for name in kept if name in cut["details"]}
     if not rounds:
         raise NothingToCut("prune: found nothing to cut in any round, expected a larger share")
     details |= {"rounds": rounds, "selection_before": reference}
@@ -220,7 +230,10 @@ def _choose_and_cut(
     depths: dict[str, dict[str, float]] = {}
     judged = list(_held_out(work)) if step.layers or step.sublayers else []
     if step.layers:
-        depths["layers"] = depth.drop_layers(model, step.layers, judged, track=work.track)
+        try:
+            depths["layers"] = depth.drop_layers(model, step.layers, judged, track=work.track)
+        except ValueError as error:
+            raise ModelError(f"prune.layers: {error}") from error
     if step.sublayers:
         depths["sublayers"] = depth.drop_sublayers(
             model,
@@ -259,22 +272,19 @@ def calibration_batches(work: Work) -> tuple[Callable[[], Iterator[calibration.B
     """Return what gives the calibration batches, anew each time, and their number."""
     examples = work.examples("calibration")
     windows = sum(len(example.windows) for example in examples)
+    if windows < calibration.HELD_OUT_EVERY:
+        raise DataError(
+            f"task.splits.calibration: found {windows} windows, expected at least"
+            f" {calibration.HELD_OUT_EVERY}, of which one is held out"
+        )
     give = partial(calibration.batches, examples, work.padding, CALIBRATION_BATCH)
     return give, -(-windows // CALIBRATION_BATCH)
 
 
 def _held_out(work: Work) -> Iterator[calibration.Batch]:
     """Yield a part of the calibration data, to compare outputs on."""
-    found = len(work.examples("calibration"))
-    if found < calibration.HELD_OUT_EVERY:
-        raise DataError(
-            f"task.splits.calibration: found {found} examples, expected at least"
-            f" {calibration.HELD_OUT_EVERY}, of which one is held out"
-        )
-    chosen = work.examples("calibration")[
-        calibration.HELD_OUT_EVERY - 1 :: calibration.HELD_OUT_EVERY
-    ]
-    return calibration.batches(chosen, work.padding, CALIBRATION_BATCH)
+    examples, every = work.examples("calibration"), calibration.HELD_OUT_EVERY
+    return calibration.batches(examples, work.padding, CALIBRATION_BATCH, every=every)
 
 
 def _details(model: PreTrainedModel, choice: pruning.Choice) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def _loads(
 
 def _gain_note(before: Stage, stage: Stage) -> str:
     """Say what a step gained over the stage before, or that it did not pay."""
-    gains = [
+    gains = [f"{ratio:.2f}x predicted" for ratio in _predicted(stage)]
+    gains += [
         f"{load.gain['value']:.2f}x faster at {shape(asdict(load))}"
         for load in stage.loads
         if load.gain["low"] > 1 + NOTABLE
@@ -134,6 +135,13 @@ def _gain_note(before: Stage, stage: Stage) -> str:
     if stage.folder == before.folder:
         return "the same file as the stage before"
     return ", ".join(gains) if gains else "no gain in latency, memory or size on this target"
+
+
+def _predicted(stage: Stage) -> list[float]:
+    """Return the speedup that a goal foresaw, if the step had a goal of time."""
+    goal = stage.details.get("goal", {})
+    timed = "speedup" in goal or "latency_ms" in goal
+    return [stage.details["dense_cost"] / stage.details["predicted_cost"]] if timed else []
 
 
 def _size_bytes(folder: Path) -> int:

@@ -35,6 +35,10 @@ class Entry:
     about: Mapping[str, Any]
 
 
+class NotMade(RuntimeError):
+    """The first of several processes did not make an entry; it says why."""
+
+
 class Store:
     """A folder of entries; a fresh one makes each of them again, once."""
 
@@ -69,9 +73,9 @@ class Store:
         if not processes.leads():
             if processes.agree(0) and join is not None:
                 join(unfinished)
-            processes.agree(0)
-            made = verify(folder)
-            assert made is not None
+            made = verify(folder) if processes.agree(0) else None
+            if made is None:
+                raise NotMade(f"{label}: found nothing, expected what the first process makes")
             return made
         with self._lock(label):
             entry = verify(folder)
@@ -79,8 +83,14 @@ class Store:
             if self._fresh:
                 kept(unfinished).unlink(missing_ok=True)
             processes.agree(not there)
-            made = entry if there else self._make(label, entry, make)
-            processes.agree(1)
+            made = entry
+            try:
+                made = entry if there else self._make(label, entry, make)
+            except Exception:
+                made = None
+                raise
+            finally:
+                processes.agree(made is not None)
             assert made is not None
             return made
 

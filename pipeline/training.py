@@ -1,7 +1,7 @@
 """A recipe's training settings carried out: on the run's data, with its teacher, resumable."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +16,9 @@ from pipeline.settings import Training
 from pipeline.store import kept
 from pipeline.work import Artifact, Work
 
+TURN: Final = 1_000_003
+"""So far apart are the seeds of turns: epochs count up from a seed."""
+
 
 def train(
     work: Work,
@@ -24,9 +27,13 @@ def train(
     teacher: Artifact | None,
     *,
     learner: Learner | None = None,
+    turn: int = 0,
     unfinished: Path | None = None,
 ) -> Trained:
-    """Train a model in place; with the unfinished entry's folder, so that a kill loses little."""
+    """Train a model in place; with the unfinished entry's folder, so that a kill loses little.
+
+    In another `turn` other windows are seen, in another order.
+    """
     imitated = None
     if teacher is not None:
         imitated = Teacher(
@@ -50,7 +57,7 @@ def train(
         evaluate=(lambda: score(work, model)) if settings.patience else None,
         evaluations=settings.evaluations,
         patience=settings.patience or 1,
-        seed=work.recipe.seed,
+        seed=work.recipe.seed + TURN * turn,
         device=work.recipe.target.device,
         checkpoint=kept(unfinished) if unfinished else None,
         track=work.track,
@@ -67,7 +74,7 @@ def score(work: Work, model: PreTrainedModel) -> float:
     return found if metrics.METRICS[work.metric].higher_is_better else -found
 
 
-def key(work: Work, settings: Training, teacher: Artifact | None) -> dict[str, Any]:
+def key(work: Work, settings: Training, teacher: Artifact | None, turn: int = 0) -> dict[str, Any]:
     """Return what a training depends on, beside the model."""
     return {
         "training": settings.model_dump(mode="json"),
@@ -75,6 +82,7 @@ def key(work: Work, settings: Training, teacher: Artifact | None) -> dict[str, A
         "train": work.evidence("train"),
         "selection": [work.metric, work.evidence("selection")] if settings.patience else None,
         "seed": work.recipe.seed,
+        "turn": turn,
         "device": work.recipe.target.device,
         "processes": processes.count(),
     }

@@ -23,6 +23,7 @@ from benchmarks.machine import Unavailable
 from benchmarks.tasks import TASKS, Arrays, Example, collate, label_names, padding
 from pipeline import (
     checkpoint,
+    depth,
     native,
     parts,
     processes,
@@ -205,7 +206,7 @@ class Work:
     def _check_family(self) -> None:
         prunes = [step for step in self.recipe.steps if isinstance(step, Prune)]
         known = not prunes or self.config.model_type in ARCHITECTURES
-        if known and not any(step.uniform or step.repair == "bias" for step in prunes):
+        if known and not any(s.uniform or s.repair == "bias" or s.layers for s in prunes):
             return
         source, auto_class, revision = self.source, self.task.auto_class, self.recipe.model.revision
         hint = "without a prune step it can be trained, quantized and exported"
@@ -218,6 +219,9 @@ class Work:
                 groups = [g for g in structure.groups(model) if g.kept and fractions.get(g.kind)]
                 hint = "a bias cannot be added to this family"
                 pruning.refuse_repair(groups, step.repair)
+                if step.layers:
+                    hint = "leave `layers` out"
+                    depth.refuse_layers(model)
                 hint = "leave `uniform` out, cut neurons alone, or choose another share"
                 if step.uniform:
                     native.rehearse(model, fractions, step.multiple)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import batch, tiny
+from conftest import FAMILIES, batch, inputs, tiny
 
 from pipeline import structure
 from pipeline.calibration import mask_gradients, moments
@@ -15,28 +15,74 @@ def readers(model):
     }
 
 
+def labelled(model):
+    """Return a batch of what the model takes, with labels of its task."""
+    given = inputs(model)
+    name = type(model).__name__
+    if "Classification" in name:
+        return given | {"labels": torch.tensor([0, 1])}
+    return given | {"labels": given.get("decoder_input_ids", given.get("input_ids"))}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_mask_gradients_equal_autograd_on_a_mask(family):
     model = tiny(family)
-    labels = batch()["input_ids"] if family in {"gpt2", "llama"} else torch.tensor([0, 1])
-    data = {**batch(), "labels": labels}
+    data = labelled(model)
     groups = [g for g in structure.groups(model) if g.kind != "queries"]
     counts = {group.path: len(group.kept) for group in groups}
     found = mask_gradients(model, readers(model), counts, [data], total=1)
 
-    for group in groups[:2]:
+    for group in [groups[0], groups[-1]]:
         mask = torch.ones(2, counts[group.path], requires_grad=True)
         width = group.width
         handle = group.reader.register_forward_pre_hook(
             lambda _, args, mask=mask, width=width: (
-                args[0].reshape(2, -1, args[0].shape[-1])
-                * mask.repeat_interleave(width, 1)[:, None],
+                (
+                    args[0].reshape(2, -1, args[0].shape[-1])
+                    * mask.repeat_interleave(width, 1)[:, None]
+                ).reshape(args[0].shape),
             )
         )
         loss = model(**data).loss * 2
         (expected,) = torch.autograd.grad(loss, mask)
         handle.remove()
-        torch.testing.assert_close(found[group.path], expected, rtol=1e-4, atol=1e-5)
-        assert expected.abs().max() > 1e-3
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found[group.path], expected, rtol=1e-3, atol=1e-4 * scale)
+        assert scale > 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moments_count_the_tokens_of_their_own_side(family):
+    model = tiny(family)
+    found = moments(model, readers(model), [labelled(model)] * 3, total=3)
+    given = inputs(model)
+    for path, seen in found.items():
+        decodes = model.config.is_encoder_decoder and "decoder" in path
+        mask = None if decodes else given.get("attention_mask")
+        tokens = given.get("decoder_input_ids") if decodes else mask
+        count = float(seen.fit[-1, -1] + seen.held_out[-1, -1])
+        if mask is not None:
+            assert count % (3 * int(mask.sum())) == 0  # ALBERT's layers add up
+        elif tokens is not None:
+            assert count == 3 * tokens.numel()
+        assert seen.held_out[-1, -1] > 0
+
+
+def test_too_few_windows_to_hold_one_out_are_refused():
+    model = tiny("bert")
+    with pytest.raises(ValueError, match="calibration: found 4 windows, expected at least 5"):
+        moments(model, readers(model), [batch()] * 2, total=2)
+
+
+def test_what_is_not_finite_where_it_is_held_out_is_an_error():
+    model = tiny("bert")
+    data = [batch() for _ in range(3)]
+    model.bert.embeddings.word_embeddings.weight.data[5] = torch.nan
+    for given in data:
+        given["input_ids"][given["input_ids"] == 5] = 6
+    data[2]["input_ids"][0, 1] = 5  # the fifth window
+    with pytest.raises(FloatingPointError, match="found NaN or infinity"):
+        moments(model, readers(model), data, total=3)
 
 
 def test_moments_leave_padding_out_and_hold_windows_out():
@@ -62,7 +108,7 @@ def test_moments_that_are_not_numbers_are_an_error():
     model = tiny("bert")
     model.bert.embeddings.word_embeddings.weight.data[:] = torch.nan
     with pytest.raises(FloatingPointError, match="attention: found NaN or infinity"):
-        moments(model, readers(model), [batch()], total=1)
+        moments(model, readers(model), [batch()] * 3, total=3)
 
 
 def test_a_loss_that_is_not_a_number_is_an_error():

@@ -100,6 +100,14 @@ def test_importance_is_the_normalised_mean_of_absolute_gradients():
     torch.testing.assert_close(found, torch.tensor([0.6, 0.8]))
 
 
+def test_the_whole_fisher_information_counts_what_went_before():
+    # F = G^T G of one example: a unit adds F_uu + 2 sum F_ur over the units r that went before it.
+    gradients = torch.tensor([[1.0, -3.0, 2.0]])
+    # First 1 (1); then the third adds 4 + 2 * 2 = 8, the second 9 - 2 * 3 = 3: the second goes;
+    # then the third adds 4 + 2 * (2 - 6) = -4, and no score is below an earlier one.
+    assert fisher_full(Evidence(torch.zeros(3, 1), gradients)).tolist() == [1.0, 3.0, 3.0]
+
+
 def test_fisher_is_the_mean_square():
     gradients = torch.tensor([[3.0, -8.0], [-3.0, 0.0]])
     assert fisher(Evidence(torch.zeros(2, 1), gradients)).tolist() == [9.0, 32.0]

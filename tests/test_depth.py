@@ -66,3 +66,9 @@ def test_every_stack_keeps_a_layer():
     model = tiny("t5")
     depth.drop_layers(model, 0.99, judged(model))
     assert [len(blocks) for _, blocks in structure.stacks(model)] == [1, 1]
+
+
+def test_layers_that_all_have_to_stay_are_refused():
+    for model in (tiny("albert"), tiny("gpt2", scale_attn_by_inverse_layer_idx=True)):
+        with pytest.raises(ValueError, match="none can be cut out"):
+            depth.drop_layers(model, 0.5, judged(model))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import sentences, write_model
+from conftest import batch, sentences, write_model
 from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from benchmarks.accuracy import silent
 from benchmarks.tasks import TASKS, padding
 from pipeline import prune_heads
-from pipeline.distillation import Teacher, distillation, hidden_distance
+from pipeline.distillation import Teacher, distillation, hidden_distance, loss
 from pipeline.finetuning import TrainingError, _share, finetune
 
 ROWS = [{"text": text, "label": label, "id": "0" * 64} for text, label in sentences(200)]
@@ -153,6 +153,23 @@ def test_distillation_is_the_scaled_divergence():
     assert float(distillation(teacher, teacher, 2.0, mask)) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("task_weight", "hidden_weight"), [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)])
+def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path, task_weight, hidden_weight):
+    student, teacher = write_model(tmp_path / "a"), write_model(tmp_path / "b", seed=1)
+    given = batch(9) | {"labels": torch.tensor([0, 1])}
+    given["input_ids"] = given["input_ids"] % 10
+    guide = Teacher(teacher, 2.0, task_weight, hidden_weight)
+    with torch.no_grad():
+        own, other = (m(**given, output_hidden_states=True) for m in (student, teacher))
+        found = loss(student, given, guide)
+    expected = task_weight * own.loss + (1 - task_weight) * distillation(
+        own.logits, other.logits, 2.0, None
+    )
+    states = own.hidden_states, other.hidden_states
+    expected = expected + hidden_weight * hidden_distance(*states, given["attention_mask"])
+    torch.testing.assert_close(found, expected)
+
+
 def test_hidden_distance_matches_layers_by_depth():
     states = [torch.full((1, 1, 4), float(at)) for at in range(1, 6)]
     assert float(hidden_distance(states, states, None)) == 0
@@ -165,3 +182,16 @@ def test_a_loss_that_is_not_a_number_names_the_step(setting):
     setting[0].classifier.weight.data[0, 0] = torch.nan
     with pytest.raises(TrainingError, match="finetune: found the loss nan at step 1"):
         train(setting)
+
+
+def test_gradients_that_are_not_numbers_name_the_step(setting):
+    weight, steps = setting[0].classifier.weight, []
+
+    def overflow(gradient):
+        steps.append(1)
+        return gradient * torch.inf if len(steps) == 3 else gradient
+
+    handle = weight.register_hook(overflow)
+    with pytest.raises(TrainingError, match=r"found gradients of the norm .* at step 3"):
+        train(setting)
+    handle.remove()

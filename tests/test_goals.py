@@ -7,7 +7,7 @@ import torch
 import yaml
 from conftest import inputs, tiny, write_model, write_recipe
 
-from pipeline import counting, from_pretrained, goals, prices
+from pipeline import counting, from_pretrained, goals, prices, units
 from pipeline.checkpoint import ModelError
 from pipeline.distillation import divergence
 from pipeline.recipe import Recipe, RecipeError
@@ -45,13 +45,14 @@ def test_the_parameters_left_are_those_predicted(family):
 @pytest.mark.parametrize("repair", ["none", "bias", "least-squares"])
 def test_all_units_may_go(repair):
     model = tiny("bert")
-    fixed = reach(tiny("bert"), 0.9).dense_cost
-    alone = {name: parameter for name, parameter in model.named_parameters()
-             if "attention" not in name and "intermediate" not in name}  # fmt: skip
-    assert fixed > sum(parameter.numel() for parameter in alone.values())
-    share = 0.42
-    reach(model, share, repair=repair)
-    assert model.num_parameters() <= (share + 0.02) * fixed
+    with pytest.raises(goals.OutOfReach) as refused:
+        reach(tiny("bert"), 0.01)
+    least = float(str(refused.value).split("found a cost of ")[1].split()[0])
+    reached = reach(model, 1.001 * least / model.num_parameters(), repair=repair)
+    assert reached.predicted_cost == pytest.approx(least, rel=1e-3)
+    assert not any([*units(model).heads.values(), *units(model).neurons.values()])
+    with torch.no_grad():
+        assert torch.isfinite(model(**inputs(model)).logits).all()
 
 
 def test_the_search_does_not_make_it_worse():
@@ -74,8 +75,17 @@ def test_what_is_tried_leaves_no_trace():
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     reached = reach(model, 0.95, kinds=("neurons",), repair="none")
     assert reached.choice.removed
-    untouched = [name for name in dense if "attention" in name]
-    assert all(torch.equal(dense[name], model.state_dict()[name]) for name in untouched)
+    now, cut = model.state_dict(), {path.removesuffix(".") for path in reached.choice.removed}
+    same = [name for name in dense if not any(name.startswith(path) for path in cut)]
+    whole = [name for name in same if "output.dense" in name and "attention" not in name]
+    assert whole, "an FFN is left whole"
+    assert all(torch.equal(dense[name], now[name]) for name in same)
+
+
+def test_a_model_in_bf16_can_be_cut_to_a_goal():
+    model = tiny("bert").bfloat16()
+    reach(model, 0.8)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_goal_that_is_too_far_says_how_far_one_can_go():
@@ -118,6 +128,8 @@ def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime, monkeypat
     stage = last(path, tmp_path / "out")
     assert stage["details"]["predicted_cost"] * 1.05 <= stage["details"]["dense_cost"] * 1.0001
     assert sum(stage["neurons"]) < 0.99 * 3 * 1024
+    ratio = stage["details"]["dense_cost"] / stage["details"]["predicted_cost"]
+    assert stage["gain_note"].startswith(f"{ratio:.2f}x predicted")
 
 
 def test_a_recipe_with_a_goal_out_of_reach_is_refused(tmp_path):

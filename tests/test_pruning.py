@@ -294,6 +294,14 @@ def test_a_bias_that_is_not_there_cannot_be_repaired():
     assert model.num_parameters() == before
 
 
+def test_a_share_of_query_heads_is_refused():
+    with pytest.raises(ValueError, match="queries: found a share, expected numbers"):
+        choose_and_cut(
+            tiny("llama"), {"queries": 0.5}, criterion="magnitude", repair="none",
+            data=lambda: iter([]), total=0,
+        )  # fmt: skip
+
+
 def test_chance_follows_the_seed():
     found = []
     for seed in (0, 0, 1):

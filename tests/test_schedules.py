@@ -11,6 +11,7 @@ import yaml
 from conftest import secateur, write_recipe
 from safetensors.torch import load_file
 
+from pipeline import training
 from pipeline.checkpoint import ModelError
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runner import run
@@ -36,6 +37,18 @@ def recipe(folder, **prune):
 
 def last(report):
     return json.loads(report.to_json())["stages"][-1]
+
+
+def test_every_round_sees_windows_of_its_own(tmp_path, monkeypatch):
+    seeds, train = [], training.finetune
+
+    def finetune(*arguments, **options):
+        seeds.append(options["seed"])
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(training, "finetune", finetune)
+    run(recipe(tmp_path, heads=0.5, rounds=2), tmp_path / "out")
+    assert len(set(seeds[1:])) == 2  # the first is that of the finetune step
 
 
 def test_rounds_reach_the_share_and_are_told(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import store
 from pipeline.store import MANIFEST, Store, publish, verify, write_text
 
 
@@ -189,3 +190,9 @@ def test_text_is_written_as_a_whole(tmp_path):
     write_text(tmp_path / "report.json", "[]")
     assert (tmp_path / "report.json").read_text() == "[]"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_the_first_process_did_not_make_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.processes, "leads", lambda: False)
+    with pytest.raises(store.NotMade, match="expected what the first process makes"):
+        store.Store(tmp_path).get("stage", {}, lambda _: {})
