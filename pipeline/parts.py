@@ -89,11 +89,14 @@ def bytes_of_graph(path: Path, model: PreTrainedModel) -> dict[str, int]:
             yield reader.name
             reader = readers.get(reader.output[0]) if reader.op_type in PASSING else None
 
+    looked_up = {name for node in graph.node if "Gather" in node.op_type for name in node.input[:1]}
+    looked_up |= {name for node in graph.node if node.output[0] in looked_up for name in node.input}
     found = dict.fromkeys(PARTS, 0)
     for constant in graph.initializer:
         size = next((int(e.value) for e in constant.external_data if e.key == "length"), 0)
         module = next((m for n in names(constant.name) if (m := _module(n, modules))), "")
-        found[part_of(module, known)] += size or len(constant.raw_data) or constant.ByteSize()
+        part = "embeddings" if constant.name in looked_up and module else part_of(module, known)
+        found[part] += size or len(constant.raw_data) or constant.ByteSize()
     return found
 
 

@@ -136,7 +136,9 @@ class Prune(Strict):
 
     @model_validator(mode="after")
     def _cuts(self) -> Self:
-        if any(self.shares) == (self.goal is not None):
+        if any(self.shares) and self.goal is not None:
+            raise ValueError("found shares and a `goal`, expected one of them")
+        if not any(self.shares) and self.goal is None:
             raise ValueError(
                 "expected a share of `heads`, `neurons`, `layers` or `sublayers` above 0,"
                 " or a `goal`"
@@ -189,8 +191,8 @@ class Quantize(Strict):
     """How weights are rounded."""
     block_size: Literal[16, 32, 64, 128, 256] = 32
     """Weights that share a scale."""
-    symmetric: bool = True
-    """No zero points."""
+    symmetric: bool | None = None
+    """No zero points; unless given, only where the algorithm always has them they are there."""
     portable: bool = False
     """Standard ONNX operators alone, as other runtimes want them."""
     max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -211,15 +213,16 @@ class Quantize(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         known = METHODS[self.method].options
-        useless = sorted(self.model_fields_set - known - {"step", "method", "max_drop"})
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        changed = {name for name, value in defaults.items() if getattr(self, name) != value}
+        useless = sorted(changed - known - {"step", "method", "max_drop"})
         if useless:
-            raise ValueError(
-                f"found {useless} with {self.method}, expected none but {sorted(known)}"
-            )
-        if self.algorithm in ASYMMETRIC and "symmetric" in self.model_fields_set and self.symmetric:
+            rest = f"none but {sorted(known)}" if known else "none of the others' keys"
+            raise ValueError(f"found {useless} with {self.method}, expected {rest}")
+        if self.algorithm in ASYMMETRIC and self.symmetric:
             raise ValueError(f"{self.algorithm} has zero points, expected no `symmetric: true`")
         columns = self.portable and self.method == "int8-weights"
-        if columns and {"block_size", "symmetric"} & self.model_fields_set:
+        if columns and {"block_size", "symmetric"} & changed:
             raise ValueError(
                 "portable int8-weights have a scale for each column, expected no `block_size` or"
                 " `symmetric`"

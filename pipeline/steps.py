@@ -28,6 +28,7 @@ from pipeline.checkpoint import ModelError
 from pipeline.recipe import ORIGINAL
 from pipeline.settings import Finetune, Quantize, trained
 from pipeline.store import MANIFEST, Entry
+from pipeline.weight_only import ASYMMETRIC
 from pipeline.work import Artifact, Work
 
 CALIBRATION_BATCH: Final = 16
@@ -132,9 +133,12 @@ def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
 def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     """Return the artifact as quantized ONNX."""
     source = export(work, before, standard=step.standard)
-    reduce_range = work.machine.saturates and not step.portable  # that is for another runtime
+    multiplied = step.method in {"int8-dynamic", "int8-static"}
+    # What is portable is for another runtime than the one here.
+    reduce_range = multiplied and work.machine.saturates and not step.portable
     options = quantization.Options(
-        **step.model_dump(exclude={"step", "method", "max_drop"}),
+        **step.model_dump(exclude={"step", "method", "max_drop", "symmetric"}),
+        symmetric=step.algorithm not in ASYMMETRIC if step.symmetric is None else step.symmetric,
         reduce_range=reduce_range,
         calibration=partial(_calibration, work),
     )
@@ -142,7 +146,7 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     def make(folder: Path) -> dict[str, Any]:
         path = folder / onnx.MODEL
         path.parent.mkdir()
-        details: dict[str, Any] = {"reduce_range": reduce_range}
+        details: dict[str, Any] = {"reduce_range": reduce_range} if multiplied else {}
         chosen = options
         if step.max_drop is not None:
             left, divergences = _leave_out(work, step, options, source.folder / onnx.MODEL)

@@ -1,5 +1,7 @@
 """Exports give torch's outputs, also at shapes that were not traced."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -147,6 +149,12 @@ def test_a_smaller_model_is_a_smaller_file(tmp_path, exported):
     saved = (tmp_path / "dense.onnx").stat().st_size - exported("bert")[0].stat().st_size
     removed = tiny("bert").num_parameters() - pruned("bert").num_parameters()
     assert saved == pytest.approx(4 * removed, rel=0.05)
+
+
+def test_a_graph_tells_nothing_of_the_machine_that_wrote_it(exported):
+    path, _ = exported("bert")
+    assert b"stack_trace" not in path.read_bytes()
+    assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()
 
 
 def test_large_weights_lie_beside_the_graph(tmp_path, monkeypatch):

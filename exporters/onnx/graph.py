@@ -81,6 +81,7 @@ def write(
         rename_axes(program, axes)
         widen_products(program)
         name_nodes(program, getattr(module, "called", module))
+        strip(program)
         save(program, path)
 
 
@@ -174,6 +175,17 @@ def widen_products(program: Any) -> None:
             onnx_ir.convenience.replace_nodes_and_values(
                 graph, node, [node], new, [old], [rounded.outputs[0]]
             )
+
+
+def strip(program: Any) -> None:
+    """Take out what the exporter notes of itself: stack traces, with the paths of this machine."""
+    program.metadata_props.clear()
+    for graph in program.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
 
 
 def save(program: Any, path: Path) -> None:
