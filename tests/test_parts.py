@@ -76,4 +76,4 @@ def test_bytes_of_a_quantized_graph(exported, tmp_path, method):
     for part in ("attention", "ffn"):
         assert after[part] == pytest.approx(share * before[part], rel=0.3)
     kept = 0.5 if method == "fp16" else 1.0
-    assert after["embeddings"] == kept * before["embeddings"]
+    assert after["embeddings"] == pytest.approx(kept * before["embeddings"], rel=0.05)
