@@ -10,6 +10,7 @@ B examples of a batch, T tokens, U units, I inputs of a matrix, w inputs of a un
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from benchmarks.accuracy import Track, silent
 from benchmarks.tasks import Example, collate
 
 Batch = dict[str, Tensor]
+BATCH: Final = 16
+"""Windows a batch."""
 
 
 def batches(

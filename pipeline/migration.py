@@ -11,6 +11,7 @@ https://arxiv.org/abs/2211.10438
 I inputs of a matrix.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -18,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from exporters.onnx.graph import MATRIX
 from exporters.onnx.session import Arrays, run_over
+from pipeline.products import weights
 
 SMALLEST: Final = 1e-5
 
@@ -32,7 +33,8 @@ def migrate(
 ) -> int:
     """Divide the inputs of the graph's matrices by s and multiply the matrices by it, in place.
 
-    Matrices that read the same input share one s. Return the number of inputs that were divided.
+    Matrices that read the same input share one s; one that several inputs read, as ALBERT's layers
+    do, has none. Return the number of inputs that were divided.
 
     Args:
         graph: changed in place; it gives the same outputs.
@@ -40,23 +42,24 @@ def migrate(
         calibration: gives batches of inputs.
         left: names of nodes that stay as they are.
     """
-    constants = {initializer.name: initializer for initializer in graph.graph.initializer}
+    uses = Counter(name for node in graph.graph.node for name in node.input)
+    constants: dict[str, TensorProto] = {}
     readers: dict[str, list[NodeProto]] = {}
-    for node in graph.graph.node:
-        plain = node.op_type == "MatMul" and node.name not in left
-        if plain and node.input[1] in constants and len(constants[node.input[1]].dims) == MATRIX:
+    for node, _, weight in weights(graph, left):
+        if node.op_type == "MatMul" and uses[weight.name] == 1:
+            constants[weight.name] = weight
             readers.setdefault(node.input[0], []).append(node)
     widths = {name: constants[nodes[0].input[1]].dims[0] for name, nodes in readers.items()}
     largest = _largest(graph, widths, calibration)
     for name, nodes in readers.items():
-        weights = {node.input[1]: numpy_helper.to_array(constants[node.input[1]]) for node in nodes}
-        of_weights = np.max([np.abs(w).max(axis=1) for w in weights.values()], axis=0)
+        matrices = {n.input[1]: numpy_helper.to_array(constants[n.input[1]]) for n in nodes}
+        of_weights = np.max([np.abs(w).max(axis=1) for w in matrices.values()], axis=0)
         raised = np.maximum(largest[name], SMALLEST) ** strength
         scale = raised / np.maximum(of_weights, SMALLEST) ** (1 - strength)
         scale = np.maximum(scale, SMALLEST).astype(np.float32)
-        for which, weight in weights.items():
-            scaled = numpy_helper.from_array((weight * scale[:, None]).astype(np.float32))
-            constants[which].raw_data = scaled.raw_data
+        for which, matrix in matrices.items():
+            scaled = numpy_helper.from_array((matrix * scale[:, None]).astype(np.float32), which)
+            constants[which].CopyFrom(scaled)
         graph.graph.initializer.append(numpy_helper.from_array(1 / scale, f"{name}.divisor"))
         divided = helper.make_node("Mul", [name, f"{name}.divisor"], [f"{name}.divided"])
         at = min(list(graph.graph.node).index(node) for node in nodes)

@@ -1,14 +1,14 @@
 """What a model's parameters, or the bytes of its file, are spent on."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import onnx
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline import selfcheck, structure
+from pipeline import structure
 from pipeline.counting import nearest
 
 PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head and rest")
@@ -17,14 +17,14 @@ PARTS: Final = ("embeddings", "attention", "ffn", "rest of the layers", "head an
 def places(model: PreTrainedModel) -> dict[str, str]:
     """Return module path -> part; what lies in none of the modules belongs to the last part.
 
-    Of a family that cannot be cut only the embeddings are told from the rest.
+    Of a family that cannot be cut, or was not tried by `selfcheck`, only the embeddings are told
+    from the rest.
     """
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             found[name] = "embeddings"
     try:
-        selfcheck.ensure(model)
         groups = structure.groups(model)
     except ValueError:
         return found
@@ -35,7 +35,7 @@ def places(model: PreTrainedModel) -> dict[str, str]:
             paths.append(f"{group.path}.{group.part.output}")
         found |= dict.fromkeys(paths, "ffn" if group.kind == "neurons" else "attention")
     if groups:
-        base = "" if model.base_model is model else f"{model.base_model_prefix}."
+        base = structure.prefix(model)
         for stack, layers in structure.stacks(model):
             for at in range(len(layers)):
                 found.setdefault(f"{base}{stack.layers}.{at}", "rest of the layers")
@@ -50,17 +50,20 @@ def part_of(name: str, known: Mapping[str, str]) -> str:
 
 def parameters(model: PreTrainedModel, known: Mapping[str, str]) -> dict[str, int]:
     """Return the number of parameters by part."""
-    found = dict.fromkeys(PARTS, 0)
-    for name, parameter in model.named_parameters():
-        found[part_of(name, known)] += parameter.numel()
-    return found
+    return _sums(model, known, Tensor.numel)
 
 
 def bytes_of_model(model: PreTrainedModel) -> dict[str, int]:
     """Return the bytes of the parameters by part."""
-    found, known = dict.fromkeys(PARTS, 0), places(model)
+    return _sums(model, places(model), lambda parameter: parameter.nbytes)
+
+
+def _sums(
+    model: PreTrainedModel, known: Mapping[str, str], size: Callable[[Tensor], int]
+) -> dict[str, int]:
+    found = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        found[part_of(name, known)] += parameter.numel() * parameter.element_size()
+        found[part_of(name, known)] += size(parameter)
     return found
 
 

@@ -21,7 +21,7 @@ def constants(graph: ModelProto) -> dict[str, TensorProto]:
 def weights(
     graph: ModelProto, left: frozenset[str]
 ) -> Iterator[tuple[NodeProto, int, TensorProto]]:
-    """Yield the nodes that read a constant matrix, the place among their inputs, and the matrix."""
+    """Yield the nodes that read a matrix in fp32, the place among their inputs, and the matrix."""
     known = constants(graph)
     for node in list(graph.graph.node):
         place = PLACES.get(node.op_type)
@@ -32,15 +32,12 @@ def weights(
             yield node, place, weight
 
 
-def straighten(
-    graph: ModelProto, left: frozenset[str], *, gemm: bool = False, tied: bool = False
-) -> None:
-    """Make MatMuls of products with transposed constants, in place.
+def straighten(graph: ModelProto, left: frozenset[str], *, tied: bool) -> None:
+    """Make MatMuls of all products with constant matrices, in place; a Gemm leaves an Add behind.
 
     Args:
         graph: changed in place; it gives the same outputs.
         left: names of nodes that stay as they are.
-        gemm: of Gemms too, with an Add behind.
         tied: of those too whose matrix is an embedding table. It is copied: do so only if both
             are going to be smaller.
     """
@@ -57,7 +54,7 @@ def straighten(
         name, transposed = "", False
         if node.op_type == "MatMul" and node.input[1] in turned:
             name, transposed = turned[node.input[1]], True
-        elif node.op_type in ({"FusedMatMul", "Gemm"} if gemm else {"FusedMatMul"}):
+        elif node.op_type in {"FusedMatMul", "Gemm"}:
             plain = attributes.get("alpha", 1) == attributes.get("beta", 1) == 1
             batched = attributes.get("transBatchA") or attributes.get("transBatchB")
             if plain and not batched and not attributes.get("transA"):
@@ -72,23 +69,27 @@ def straighten(
 
 
 def replace(graph: ModelProto, nodes: list[NodeProto]) -> None:
-    """Give the graph these nodes, and drop what none of them reads."""
-    outputs = {output.name for output in graph.graph.output}
-    read = {name for node in nodes for name in node.input} | outputs
-    copies = [
-        NodeProto.FromString(node.SerializeToString())
-        for node in nodes
-        if node.op_type != "Transpose" or node.output[0] in read
-    ]
+    """Give the graph these nodes, in topological order, but for those that nothing reads."""
+    read = {output.name for output in graph.graph.output}
+    copies: list[NodeProto] = []
+    for node in reversed(nodes):
+        if read & set(node.output):
+            copies.append(NodeProto.FromString(node.SerializeToString()))
+            read |= _read(node)
     del graph.graph.node[:]
-    graph.graph.node.extend(copies)
-    read = {name for node in copies for name in node.input} | outputs
+    graph.graph.node.extend(reversed(copies))
     unread = [x for x in graph.graph.initializer if x.name not in read]
     for initializer in unread:
         graph.graph.initializer.remove(initializer)
     own = any(node.domain == "com.microsoft" for node in copies)
     if own and all(opset.domain != "com.microsoft" for opset in graph.opset_import):
         graph.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def _read(node: NodeProto) -> set[str]:
+    """Return the names that a node reads, and those that nodes inside of it read."""
+    inner = (other for attribute in node.attribute for other in attribute.g.node)
+    return set(node.input).union(*(_read(other) for other in inner))
 
 
 def _transposed(graph: ModelProto, known: dict[str, TensorProto], name: str) -> str:

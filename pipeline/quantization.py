@@ -1,39 +1,29 @@
 """ONNX graphs in fewer bits, by the libraries that do it.
 
-A method takes a graph and gives a graph. It counts what it changed: several library paths quantize
-nothing and say nothing. Nodes whose weights are constants are named after their modules (see
-`exporters.onnx.graph`), so that those to leave alone can be named.
+A method takes a graph and writes a file. What that changed is counted: several library paths
+quantize nothing and say nothing. Nodes that read constant matrices are named after their modules
+(see `exporters.onnx.graph`), so that those to leave alone can be named.
 """
 
-import contextlib
-import io
-import logging
 import re
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, TensorProto
 
-from exporters.onnx.graph import EXTERNAL_BYTES, MATRIX, PLACES, store
+from exporters.onnx.graph import EXTERNAL_BYTES, quiet, store
 from exporters.onnx.session import Arrays, feeder, inputs_of, runtime
 from pipeline import migration, weight_only
-from pipeline.products import straighten
+from pipeline.products import replace, straighten, weights
 
-INTEGER: Final = frozenset({"MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "QLinearMatMul"})
-"""The operators that multiply integers."""
-BLOCKED: Final = frozenset({"MatMulNBits", "GatherBlockQuantized"})
-"""The operators that read weights in blocks."""
 KEPT_FP32: Final = (
     "LayerNormalization",
-    "SkipLayerNormalization",
-    "SimplifiedLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
     "RMSNormalization",
     "Softmax",
     "ReduceMean",
@@ -42,12 +32,6 @@ KEPT_FP32: Final = (
     "Reciprocal",
 )
 """What computes norms and softmax, in fp32 whatever the rest is in."""
-
-
-NOTHING: Final = (
-    "{}: found no matrix product with constant weights that could be quantized, expected at least"
-    " one; nothing was quantized"
-)
 
 
 class QuantizationError(RuntimeError):
@@ -74,15 +58,12 @@ class Options:
     calibration: Callable[[], Iterator[Arrays]] = field(default=lambda: iter(()))
 
 
-def int8_dynamic(graph: ModelProto, target: Path, options: Options) -> int:
+def int8_dynamic(graph: ModelProto, target: Path, options: Options) -> None:
     """Write the graph with int8 weights, activations quantized as they come.
 
     Weights are symmetric, one scale a column; embedding tables have one scale and are dequantized
     after the look-up. By onnxruntime.quantization,
     https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
-
-    Returns:
-        The number of matrix products that run on integers.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -98,12 +79,11 @@ def int8_dynamic(graph: ModelProto, target: Path, options: Options) -> int:
             weight_type=QuantType.QInt8,
             nodes_to_exclude=sorted(options.left),
             use_external_data_format=graph.ByteSize() >= EXTERNAL_BYTES,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            extra_options={"DefaultTensorType": TensorProto.FLOAT},
         )
-    return _count(target, lambda node, _: node.op_type in INTEGER)
 
 
-def int8_static(graph: ModelProto, target: Path, options: Options) -> int:
+def int8_static(graph: ModelProto, target: Path, options: Options) -> None:
     """Write the graph with int8 weights and activations, whose ranges are those of the calibration.
 
     Weights are symmetric, one scale a column. Activations are unsigned with a zero point, or
@@ -146,104 +126,98 @@ def int8_static(graph: ModelProto, target: Path, options: Options) -> int:
                 "ActivationSymmetric": options.portable,
                 "WeightSymmetric": True,
                 # A pair behind a product costs accuracy, and no kernel wants it.
-                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+                "OpTypesToExcludeOutputQuantization": ["MatMul"],
                 "QuantizeBias": False,
-                "DefaultTensorType": onnx.TensorProto.FLOAT,
+                "DefaultTensorType": TensorProto.FLOAT,
             },
         )
-    return _count(target, lambda node, q: node.op_type in {"MatMul", "Gemm"} and node.input[1] in q)
 
 
-def int8_weights(graph: ModelProto, target: Path, options: Options) -> int:
-    """Write the graph with int8 weights, which are dequantized where they are multiplied."""
-    if options.portable:
-        count = weight_only.dequantized(graph, options.left, embeddings=options.embeddings)
-        store(graph, target)
-        return count
-    with quiet():
-        graph = weight_only.blockwise(
-            graph,
-            8,
-            "rtn",
-            options.block_size,
-            options.left,
-            symmetric=options.symmetric,
-            embeddings=options.embeddings,
-        )
+def fewer_bits(graph: ModelProto, target: Path, options: Options, *, bits: int) -> None:
+    """Write the graph with weights of 4 or 8 bits, activations as they were.
+
+    In blocks, each of which has a scale; or, portable in 8 bits, with a scale a column.
+    """
+    if options.portable and bits == 8:  # noqa: PLR2004
+        weight_only.dequantized(graph, options.left, embeddings=options.embeddings)
+    else:
+        with quiet():
+            graph = weight_only.blockwise(
+                graph,
+                bits,
+                options.algorithm,
+                options.block_size,
+                options.left,
+                symmetric=options.symmetric,
+                embeddings=options.embeddings,
+                portable=options.portable,
+                calibration=options.calibration,
+            )
     store(graph, target)
-    return _count(target, lambda node, _: node.op_type in BLOCKED)
 
 
-def int4_weights(graph: ModelProto, target: Path, options: Options) -> int:
-    """Write the graph with int4 weights in blocks, each of which has a scale."""
-    with quiet():
-        graph = weight_only.blockwise(
-            graph,
-            4,
-            options.algorithm,
-            options.block_size,
-            options.left,
-            symmetric=options.symmetric,
-            embeddings=options.embeddings,
-            portable=options.portable,
-            calibration=options.calibration,
-        )
-    store(graph, target)
-    if options.portable:
-        return _count(target, lambda node, q: node.op_type == "MatMul" and node.input[1] in q)
-    return _count(target, lambda node, _: node.op_type in BLOCKED)
-
-
-def fp16(graph: ModelProto, target: Path, options: Options) -> int:
+def fp16(graph: ModelProto, target: Path, options: Options) -> None:
     """Write the graph in fp16, but for norms and softmax; inputs and outputs stay as they were."""
     from onnxruntime.transformers.float16 import (
         DEFAULT_OP_BLOCK_LIST,
         convert_float_to_float16,
     )
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
+    means = {n for node in graph.graph.node if node.op_type == "ReduceMean" for n in node.output}
+    # What is added to a mean square is too small for fp16, and the mean may be too large.
+    norms = {node.name for node in graph.graph.node if means & set(node.input)}
     with quiet():
         converted = convert_float_to_float16(
             graph,
             keep_io_types=True,
             disable_shape_infer=False,
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_FP32],
-            node_block_list=sorted(options.left),
+            node_block_list=sorted(options.left | norms),
         )
     # The library casts an input that a node takes twice twice, under one name.
     nodes = {(node.name, *node.output): node for node in converted.graph.node}
     once = list(nodes.values())
     del converted.graph.node[:]
     converted.graph.node.extend(once)
+    OnnxModel(converted).topological_sort()  # the library puts its casts last
+    _keep_wide(converted.graph.node)
+    replace(converted, list(converted.graph.node))
     store(converted, target)
-    half = {x.name for x in converted.graph.initializer if x.data_type == onnx.TensorProto.FLOAT16}
-    return _count(target, lambda node, _: any(name in half for name in node.input))
 
 
 @dataclass(frozen=True)
 class Method:
     """A method: what it does, and the options that concern it.
 
-    `calibrated`: it needs data. `standard`: it takes graphs of standard operators alone.
+    `calibrated`: it needs data. `integer`: products are those of 8-bit integers, which may
+    overflow. `whole`: it changes all of a graph, embedding tables too, which may have standard
+    operators alone.
     """
 
-    quantize: Callable[[ModelProto, Path, Options], int]
+    quantize: Callable[[ModelProto, Path, Options], None]
     options: frozenset[str]
     calibrated: bool = False
-    standard: bool = False
+    integer: bool = False
+    whole: bool = False
 
 
 METHODS: Final[Mapping[str, Method]] = {
-    "fp16": Method(fp16, frozenset(), standard=True),
+    "fp16": Method(fp16, frozenset(), whole=True),
     "int4-weights": Method(
-        int4_weights,
+        partial(fewer_bits, bits=4),
         frozenset({"embeddings", "portable", "algorithm", "block_size", "symmetric"}),
     ),
-    "int8-dynamic": Method(int8_dynamic, frozenset({"embeddings", "migration"})),
+    "int8-dynamic": Method(int8_dynamic, frozenset({"embeddings", "migration"}), integer=True),
     "int8-static": Method(
-        int8_static, frozenset({"embeddings", "portable", "migration"}), calibrated=True
+        int8_static,
+        frozenset({"embeddings", "portable", "migration"}),
+        calibrated=True,
+        integer=True,
     ),
     "int8-weights": Method(
-        int8_weights, frozenset({"embeddings", "portable", "block_size", "symmetric"})
+        partial(fewer_bits, bits=8),
+        frozenset({"embeddings", "portable", "block_size", "symmetric"}),
     ),
 }
 
@@ -257,32 +231,34 @@ def quantize(source: Path, target: Path, method: str, options: Options) -> int:
     """
     runtime()
     graph = onnx.load(source)
-    if not any(name not in options.left for nodes in layers(source).values() for name in nodes):
-        raise QuantizationError(NOTHING.format(method))
-    if method != "fp16":
+    if not METHODS[method].whole:
         del graph.graph.value_info[:]  # the exporter's shapes go stale when weights are transposed
         straighten(graph, options.left, tied=options.embeddings)
-    count = METHODS[method].quantize(graph, target, options)
-    if not count:
-        raise QuantizationError(NOTHING.format(method))
-    return count
+    before, after = len(_nodes(graph, method, options)), 0
+    if before:
+        METHODS[method].quantize(graph, target, options)
+        after = len(_nodes(onnx.load(target, load_external_data=False), method, options))
+    if before == after:
+        raise QuantizationError(
+            f"{method}: found no matrix product with constant weights that could be quantized,"
+            " expected at least one; nothing was quantized"
+        )
+    return before - after
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep back what the quantizers of onnxruntime say of every node."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+def _keep_wide(nodes: Sequence[NodeProto]) -> None:
+    """Let what is computed in fp32 and read in fp32 not go through fp16 in between, in place."""
+    cast = {n.output[0]: (n.input[0], n.attribute[0].i) for n in nodes if n.op_type == "Cast"}
+    for node in nodes:
+        for at, name in enumerate(node.input):
+            before, to = cast.get(name, ("", 0))
+            wide, through = cast.get(before, ("", 0))
+            if (through, to) == (TensorProto.FLOAT16, TensorProto.FLOAT):
+                node.input[at] = wide
 
 
 def _operators(options: Options) -> Sequence[str]:
-    return ["MatMul", "Gemm", *(["Gather"] if options.embeddings else [])]
+    return ["MatMul", *(["Gather"] if options.embeddings else [])]
 
 
 def _of_activations(graph: ModelProto) -> set[str]:
@@ -291,27 +267,29 @@ def _of_activations(graph: ModelProto) -> set[str]:
     return {
         node.name
         for node in graph.graph.node
-        if node.op_type in {"MatMul", "Gemm"} and node.input[1] not in constants
+        if node.op_type == "MatMul" and node.input[1] not in constants
     }
 
 
-def layers(path: Path) -> dict[str, list[str]]:
-    """Return the nodes of a graph that read constant matrices, by the layer that they lie in.
+def layers(path: Path, method: str, options: Options) -> dict[str, list[str]]:
+    """Return the nodes of a graph that a method changes, by the layer that they lie in.
 
     A layer is a numbered module; what lies in none is a layer of its own.
     """
-    graph = onnx.load(path, load_external_data=False).graph
-    constants = {x.name for x in graph.initializer if len(x.dims) == MATRIX}
-    for node in graph.node:
-        if node.op_type == "Transpose" and node.input[0] in constants:
-            constants.add(node.output[0])
+    graph = onnx.load(path)
+    straighten(graph, options.left, tied=options.embeddings)
     found: dict[str, list[str]] = {}
-    for node in graph.node:
-        place = PLACES.get(node.op_type)
-        if place is not None and node.input[place] in constants:
-            numbered = re.match(r".*?\.\d+(?=\.)", node.name)
-            found.setdefault(numbered[0] if numbered else node.name, []).append(node.name)
+    for name in _nodes(graph, method, options):
+        numbered = re.match(r".*?\.\d+(?=\.)", name)
+        found.setdefault(numbered[0] if numbered else name, []).append(name)
     return found
+
+
+def _nodes(graph: ModelProto, method: str, options: Options) -> list[str]:
+    """Return the names of the nodes that read what a method changes, and still is in fp32."""
+    tables = options.embeddings or METHODS[method].whole
+    read = weights(graph, options.left)
+    return [node.name for node, _, _ in read if tables or node.op_type != "Gather"]
 
 
 @contextmanager
@@ -321,12 +299,3 @@ def _stored(graph: ModelProto) -> Iterator[Path]:
         path = Path(folder, "model.onnx")
         store(graph, path)
         yield path
-
-
-def _count(path: Path, changed: Callable[[Any, frozenset[str]], bool]) -> int:
-    """Return how many nodes changed; they are told the names of what was dequantized."""
-    graph = onnx.load(path, load_external_data=False).graph
-    dequantized = frozenset(
-        name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output
-    )
-    return sum(changed(node, dequantized) for node in graph.node)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,9 +33,6 @@ from pipeline.settings import Goal, Prune, Training
 from pipeline.store import Entry, NotMade
 from pipeline.structure import Kind
 from pipeline.work import Artifact, Work
-
-CALIBRATION_BATCH: Final = 16
-"""Windows a batch when units are scored and second moments taken."""
 
 
 class NothingToCut(ModelError):
@@ -277,14 +274,14 @@ def calibration_batches(work: Work) -> tuple[Callable[[], Iterator[calibration.B
             f"task.splits.calibration: found {windows} windows, expected at least"
             f" {calibration.HELD_OUT_EVERY}, of which one is held out"
         )
-    give = partial(calibration.batches, examples, work.padding, CALIBRATION_BATCH)
-    return give, -(-windows // CALIBRATION_BATCH)
+    give = partial(calibration.batches, examples, work.padding, calibration.BATCH)
+    return give, -(-windows // calibration.BATCH)
 
 
 def _held_out(work: Work) -> Iterator[calibration.Batch]:
     """Yield a part of the calibration data, to compare outputs on."""
     examples, every = work.examples("calibration"), calibration.HELD_OUT_EVERY
-    return calibration.batches(examples, work.padding, CALIBRATION_BATCH, every=every)
+    return calibration.batches(examples, work.padding, calibration.BATCH, every=every)
 
 
 def _details(model: PreTrainedModel, choice: pruning.Choice) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class Quantize(Strict):
     block_size: Literal[16, 32, 64, 128, 256] = 32
     """Weights that share a scale."""
     symmetric: bool | None = None
-    """No zero points; unless given, only where the algorithm always has them they are there."""
+    """No zero points: unless given, so far as the algorithm can do without."""
     portable: bool = False
     """Standard ONNX operators alone, as other runtimes want them."""
     max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -208,7 +208,7 @@ class Quantize(Strict):
     @property
     def standard(self) -> bool:
         """Whether the graph that is quantized has standard operators alone."""
-        return self.portable or METHODS[self.method].standard
+        return self.portable or METHODS[self.method].whole
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

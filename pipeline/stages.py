@@ -5,10 +5,10 @@ them together (speed). A torch artifact whose target is ONNX Runtime is measured
 that a gain is the step's and not the runtime's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -117,8 +117,7 @@ def _loads(
 
 def _gain_note(before: Stage, stage: Stage) -> str:
     """Say what a step gained over the stage before, or that it did not pay."""
-    gains = [f"{ratio:.2f}x predicted" for ratio in _predicted(stage)]
-    gains += [
+    gains = [
         f"{load.gain['value']:.2f}x faster at {shape(asdict(load))}"
         for load in stage.loads
         if load.gain["low"] > 1 + NOTABLE
@@ -134,14 +133,17 @@ def _gain_note(before: Stage, stage: Stage) -> str:
         gains.append(f"{stage.score.metric} {stage.score.value - before.score.value:+.4f}")
     if stage.folder == before.folder:
         return "the same file as the stage before"
-    return ", ".join(gains) if gains else "no gain in latency, memory or size on this target"
+    foreseen = _predicted(stage)
+    note = ", ".join(gains) if gains else "no gain in latency, memory or size on this target"
+    return note if foreseen is None else f"{note} (predicted: {foreseen:.2f}x faster)"
 
 
-def _predicted(stage: Stage) -> list[float]:
+def _predicted(stage: Stage) -> float | None:
     """Return the speedup that a goal foresaw, if the step had a goal of time."""
-    goal = stage.details.get("goal", {})
-    timed = "speedup" in goal or "latency_ms" in goal
-    return [stage.details["dense_cost"] / stage.details["predicted_cost"]] if timed else []
+    goal: Mapping[str, Any] = stage.details.get("goal", {})
+    if "speedup" not in goal and "latency_ms" not in goal:
+        return None
+    return float(stage.details["dense_cost"] / stage.details["predicted_cost"])
 
 
 def _size_bytes(folder: Path) -> int:

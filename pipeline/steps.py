@@ -7,7 +7,7 @@ file of their own, schedules.py.
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -23,7 +23,7 @@ from benchmarks.data import DataError
 from benchmarks.tasks import Arrays, collate
 from benchmarks.worker import InProcess
 from exporters import onnx
-from pipeline import checkpoint, mixed, parts, quantization, sources
+from pipeline import calibration, checkpoint, mixed, parts, quantization, sources
 from pipeline.checkpoint import ModelError
 from pipeline.recipe import ORIGINAL
 from pipeline.settings import Finetune, Quantize, trained
@@ -31,7 +31,6 @@ from pipeline.store import MANIFEST, Entry
 from pipeline.weight_only import ASYMMETRIC
 from pipeline.work import Artifact, Work
 
-CALIBRATION_BATCH: Final = 16
 FEWEST_WINDOWS: Final = 32
 """The fewest windows from which the ranges of activations are taken."""
 
@@ -133,9 +132,9 @@ def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
 def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     """Return the artifact as quantized ONNX."""
     source = export(work, before, standard=step.standard)
-    multiplied = step.method in {"int8-dynamic", "int8-static"}
+    integer = quantization.METHODS[step.method].integer
     # What is portable is for another runtime than the one here.
-    reduce_range = multiplied and work.machine.saturates and not step.portable
+    reduce_range = integer and work.machine.saturates and not step.portable
     options = quantization.Options(
         **step.model_dump(exclude={"step", "method", "max_drop", "symmetric"}),
         symmetric=step.algorithm not in ASYMMETRIC if step.symmetric is None else step.symmetric,
@@ -146,12 +145,12 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     def make(folder: Path) -> dict[str, Any]:
         path = folder / onnx.MODEL
         path.parent.mkdir()
-        details: dict[str, Any] = {"reduce_range": reduce_range} if multiplied else {}
+        details: dict[str, Any] = {"reduce_range": reduce_range} if integer else {}
         chosen = options
         if step.max_drop is not None:
-            left, divergences = _leave_out(work, step, options, source.folder / onnx.MODEL)
+            layers = quantization.layers(source.folder / onnx.MODEL, step.method, options)
+            left, divergences = _leave_out(work, step, options, source.folder / onnx.MODEL, layers)
             details |= {"left": left, "divergences": divergences}
-            layers = quantization.layers(source.folder / onnx.MODEL)
             chosen = replace(options, left=frozenset(n for name in left for n in layers[name]))
         quantize = partial(
             quantization.quantize, source.folder / onnx.MODEL, path, step.method, chosen
@@ -173,11 +172,14 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
 
 
 def _leave_out(
-    work: Work, step: Quantize, options: quantization.Options, source: Path
+    work: Work,
+    step: Quantize,
+    options: quantization.Options,
+    source: Path,
+    layers: Mapping[str, Sequence[str]],
 ) -> tuple[tuple[str, ...], dict[str, float]]:
     """Return the layers to leave as they are, and what each does if it is quantized alone."""
     assert step.max_drop is not None
-    layers = quantization.layers(source)
     examples = work.examples("selection")
 
     def outcomes(path: Path) -> Outcomes:
@@ -191,10 +193,7 @@ def _leave_out(
         nodes = frozenset(node for name in left for node in layers[name])
         with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
             path = Path(folder, onnx.MODEL.name)
-            try:
-                quantization.quantize(source, path, step.method, replace(options, left=nodes))
-            except quantization.QuantizationError:  # the one layer that is not left cannot be
-                return mixed.Loss(0.0, 0.0)
+            quantization.quantize(source, path, step.method, replace(options, left=nodes))
             after = outcomes(path)
         lost = reference - metrics.score(work.metric, after.columns)
         kl_mean = fidelity(before, after, None).kl_mean
@@ -223,8 +222,8 @@ def _calibration(work: Work) -> Iterator[Arrays]:
 
     for _, group in groupby(sorted(windows, key=length), key=length):
         alike = list(group)
-        for start in range(0, len(alike), CALIBRATION_BATCH):
-            yield collate(alike[start : start + CALIBRATION_BATCH], work.padding)
+        for start in range(0, len(alike), calibration.BATCH):
+            yield collate(alike[start : start + calibration.BATCH], work.padding)
 
 
 def _known(before: Artifact) -> dict[str, Any]:

@@ -83,12 +83,9 @@ class Store:
             if self._fresh:
                 kept(unfinished).unlink(missing_ok=True)
             processes.agree(not there)
-            made = entry
+            made = None
             try:
                 made = entry if there else self._make(label, entry, make)
-            except Exception:
-                made = None
-                raise
             finally:
                 processes.agree(made is not None)
             assert made is not None

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporters.onnx.session import Arrays, run_over
-from pipeline.products import replace, straighten, weights
+from pipeline.products import replace, weights
 
 ALGORITHMS: Final = frozenset({"gptq", "hqq", "k-quant", "rtn"})
 CALIBRATED: Final = frozenset({"gptq"})
@@ -44,7 +44,7 @@ def blockwise(
     """Return the graph with its matrices in blocks of `block_size` weights of a column.
 
     Args:
-        graph: changed in place, as far as the library does.
+        graph: changed in place, as far as the library does; see `products.straighten`.
         bits: 4, or 8 with `rtn`.
         algorithm: one of `ALGORITHMS`. RTN rounds; k-quant searches each block's scale and zero
             point (https://github.com/ggml-org/llama.cpp/pull/1684); HQQ solves for the zero point
@@ -81,7 +81,6 @@ def blockwise(
         found: ModelProto = quantizer.model.model
         return found
 
-    straighten(graph, left, gemm=True)
     if algorithm in OWN_NODES:
         _in_blocks(graph, algorithm, block_size, left, calibration, symmetric=symmetric)
     elif algorithm == "hqq":
@@ -108,7 +107,7 @@ def gptq(
 
     Args:
         weight: `(K, N)`.
-        gram: the second moments of the inputs, `(K, K)`.
+        gram: the second moments of the inputs, `(K, K)`, by any factor.
         block_size: rows that share a scale; B blocks.
         symmetric: all zero points are in the middle.
     """
@@ -179,8 +178,7 @@ def _in_blocks(
             of_columns = found[0].reshape(array.shape[1], -1)[:, : len(array)]
             scales, zeros = (part.reshape(array.shape[1], blocks).T for part in found[1:])
             quantized = of_columns.T.astype(np.uint8), scales, zeros
-        at = next(i for i, other in enumerate(nodes) if other is node or other == node)
-        nodes[at] = _block_node(graph, node, weight.name, quantized, block_size)
+        nodes[nodes.index(node)] = _block_node(graph, node, weight.name, quantized, block_size)
     replace(graph, nodes)
 
 
@@ -205,8 +203,9 @@ def _block_node(
     parts = {
         f"{name}.{node.name}.codes": _packed(padded).reshape(columns, blocks, block_size // 2),
         f"{name}.{node.name}.scales": scales.T.astype(np.float32),
-        f"{name}.{node.name}.zeros": _packed(np.pad(zeros.T, ((0, 0), (0, blocks % 2)))),
     }
+    if (zeros != MIDDLE).any():
+        parts[f"{name}.{node.name}.zeros"] = _packed(np.pad(zeros.T, ((0, 0), (0, blocks % 2))))
     graph.graph.initializer.extend(
         numpy_helper.from_array(np.ascontiguousarray(array), key) for key, array in parts.items()
     )
@@ -232,50 +231,46 @@ def _packed(codes: NDArray[Any]) -> NDArray[np.uint8]:
 def _grams(
     graph: ModelProto, widths: dict[str, int], calibration: Callable[[], Iterator[Arrays]]
 ) -> dict[str, NDArray[Any]]:
-    """Return the second moments `(K, K)` of tensors, the mean over all rows of the data."""
+    """Return the second moments `(K, K)` of tensors, the sum over all rows of the data."""
     watched = ModelProto()
     watched.CopyFrom(graph)
     watched.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in widths
     )
     found = {name: np.zeros((width, width)) for name, width in widths.items()}
-    count = 0
     for arrays in run_over(watched, calibration(), list(widths)):
         for (name, width), array in zip(widths.items(), arrays, strict=True):
             rows = array.reshape(-1, width).astype(np.float64)
             found[name] += rows.T @ rows
-        count += len(arrays[0].reshape(-1, arrays[0].shape[-1]))
-    return {name: gram / max(count, 1) for name, gram in found.items()}
+    return found
 
 
 def dequantized(
     graph: ModelProto, left: frozenset[str], *, matrices: bool = True, embeddings: bool = False
-) -> int:
-    """Put int8 weights behind a DequantizeLinear, in place, and return how many there are now.
+) -> None:
+    """Put int8 weights behind a DequantizeLinear, in place.
 
     A matrix `(I, O)` gets a scale for each of its O columns, a table `(V, D)` for each of its rows.
     """
-    count, added = 0, dict[str, NodeProto]()
+    added: dict[str, NodeProto] = {}
     for node, place, weight in weights(graph, left):
         table = node.op_type == "Gather"
         if not (embeddings if table else matrices):
             continue
-        count += 1
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        axis = 0 if table or transposed else 1
-        name = f"{weight.name}.{axis}"
+        name = weight.name
         if name not in added:
-            codes, scales = rounded(numpy_helper.to_array(weight), 1 - axis)
+            codes, scales = rounded(numpy_helper.to_array(weight), int(table))
             parts: list[tuple[str, NDArray[Any]]]
-            parts = [(f"{name}.codes", codes), (f"{name}.scales", scales.squeeze(1 - axis))]
+            parts = [(f"{name}.codes", codes), (f"{name}.scales", scales.squeeze(int(table)))]
             graph.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in parts)
             added[name] = helper.make_node(
-                "DequantizeLinear", [n for n, _ in parts], [f"{name}.dequantized"], axis=axis
+                "DequantizeLinear",
+                [n for n, _ in parts],
+                [f"{name}.dequantized"],
+                axis=int(not table),
             )
         node.input[place] = f"{name}.dequantized"
-    nodes = [*added.values(), *graph.graph.node]
-    replace(graph, nodes)
-    return count
+    replace(graph, [*added.values(), *graph.graph.node])
 
 
 def rounded(weight: NDArray[Any], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

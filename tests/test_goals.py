@@ -129,7 +129,7 @@ def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime, monkeypat
     assert stage["details"]["predicted_cost"] * 1.05 <= stage["details"]["dense_cost"] * 1.0001
     assert sum(stage["neurons"]) < 0.99 * 3 * 1024
     ratio = stage["details"]["dense_cost"] / stage["details"]["predicted_cost"]
-    assert stage["gain_note"].startswith(f"{ratio:.2f}x predicted")
+    assert stage["gain_note"].endswith(f" (predicted: {ratio:.2f}x faster)")
 
 
 def test_a_recipe_with_a_goal_out_of_reach_is_refused(tmp_path):

@@ -37,7 +37,7 @@ def test_a_family_that_cannot_be_cut_has_embeddings_and_a_rest(monkeypatch):
         raise ValueError("no")
 
     model = tiny("bert")
-    monkeypatch.setattr(parts.selfcheck, "ensure", refuse)
+    monkeypatch.setattr(parts.structure, "groups", refuse)
     found = parts.parameters(model, parts.places(model))
     assert found["embeddings"] == by_hand(model)["embeddings"]
     assert found["head and rest"] == model.num_parameters() - found["embeddings"]

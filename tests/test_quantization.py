@@ -93,7 +93,7 @@ def test_weights_are_small_and_outputs_near(tmp_path, exported, family, case):
         calibration=calibration,
         **given,
     )
-    standard = options.portable or METHODS[method].standard
+    standard = options.portable or METHODS[method].whole
     source, target = exported(family, standard=standard), tmp_path / "quantized.onnx"
     count = quantize(source, target, method, options)
     # Query, key and value may be one product; output and two of the FFN are not.
@@ -143,16 +143,53 @@ def test_a_head_tied_to_the_embeddings_goes_with_them(tmp_path, standard):
 
 def test_what_is_left_out_stays_as_it_is(tmp_path, exported):
     source, target = exported("bert"), tmp_path / "q.onnx"
-    found = layers(source)
+    found = layers(source, "fp16", Options())
     assert list(found)[3:6] == [f"bert.encoder.layer.{at}" for at in range(3)]
     left = frozenset(found["bert.encoder.layer.1"])
     for method in METHODS:
-        if METHODS[method].standard:
+        if METHODS[method].whole:
             continue
         whole = quantize(source, target, method, Options(calibration=calibration))
         part = quantize(source, target, method, Options(calibration=calibration, left=left))
         assert whole - part == len(left) == 4
         assert left <= {node.name for node in onnx.load(target).graph.node}
+
+
+def test_norms_of_large_states_stay_in_fp32(tmp_path):
+    model = tiny("llama")
+    model.model.embed_tokens.weight.data *= 3000  # their squares are beyond fp16
+    samples = [inputs(2, 11), inputs(3, 17)]
+    path, target = tmp_path / "large.onnx", tmp_path / "q.onnx"
+    exporter.export(model, samples, axes=("batch", "sequence"), path=path, fuse_for=None)
+    quantize(path, target, "fp16", Options())
+    exact, near = logits(path), logits(target)
+    assert np.corrcoef(exact.ravel(), near.ravel())[0, 1] > 0.999
+
+
+def test_embeddings_alone_are_counted_too(tmp_path, exported):
+    source, target = exported("bert"), tmp_path / "q.onnx"
+    for method in METHODS:
+        if METHODS[method].whole:
+            continue
+        options = Options(embeddings=True, calibration=calibration)
+        found = layers(source, method, options)
+        tables = [name for name in found if "embeddings" in name]
+        assert len(tables) == 3
+        left = frozenset(n for name in found if name not in tables for n in found[name])
+        options = Options(embeddings=True, calibration=calibration, left=left)
+        assert quantize(source, target, method, options) == 3
+        assert not np.array_equal(logits(source), logits(target))
+        assert not set(tables) & set(layers(source, method, Options()))
+
+
+def test_matrices_that_layers_share_are_not_scaled_by_each(tmp_path):
+    path, target = tmp_path / "shared.onnx", tmp_path / "m.onnx"
+    samples = [inputs(2, 11), inputs(3, 17)]
+    exporter.export(tiny("albert"), samples, axes=("batch", "sequence"), path=path, fuse_for="cpu")
+    graph = onnx.load(path)
+    migration.migrate(graph, 0.5, calibration)
+    store(graph, target)
+    np.testing.assert_allclose(logits(target), logits(path), atol=1e-4, rtol=1e-4)
 
 
 def test_migration_changes_no_output_and_evens_channels_out(tmp_path, exported):
@@ -270,7 +307,7 @@ def test_a_recipe_leaves_out_what_loses_too_much(tmp_path):
     folders = [Path(stage["folder"], "onnx", "model.onnx") for stage in stages]
     kept = {x.name for x in onnx.load(folders[-1]).graph.node if x.op_type in {"MatMul", "Gemm"}}
     source = next(folders[0].parents[2].glob("onnx-*")) / "onnx" / "model.onnx"
-    found = layers(source)
+    found = layers(source, "int4-weights", Options())
     # All layers were tried alone, and those that were left are whole in the file.
     assert details["divergences"].keys() == found.keys()
     worst_first = sorted(found, key=lambda name: -details["divergences"][name])

@@ -145,11 +145,11 @@ def name_nodes(program: Any, module: Any) -> None:
         constant = value.const_value
         if constant is None or len(constant.shape) != MATRIX or not constant.size:
             continue
-        array = constant.numpy()
-        found = modules.get((array[0] if rows else array[:, 0]).tobytes())
         if node.op_type == "Gather":  # the first row may be padding, all zeros in several tables
-            table = node.inputs[place].name.removesuffix(".weight")
-            found = table.removeprefix("called.")
+            found = value.name.removesuffix(".weight").removeprefix("called.")
+        else:
+            array = constant.numpy()
+            found = modules.get((array[0] if rows else array[:, 0]).tobytes())
         if found is not None:
             given[found] += 1
             node.name = found if given[found] == 1 else f"{found}.{given[found]}"
