@@ -56,20 +56,29 @@ def recipe(options: argparse.Namespace, prune: dict[str, Any]) -> Recipe:
     )
 
 
+def quality(report: dict[str, Any]) -> list[str]:
+    """Return the score of a report's last stage, and what was lost of it with its interval."""
+    after, check = report["stages"][-1], report["verdict"]["checks"][0]
+    unit = 100 if after["score"]["metric"] == "accuracy" else 1
+    lost, low, high = (unit * check[name] for name in ("estimate", "low", "high"))
+    return [f"{after['score']['value']:.4f}", f"{lost:.2f} ({low:.2f} to {high:.2f})"]
+
+
+def speedup(load: dict[str, Any]) -> str:
+    """Return a load's speedup with its interval."""
+    found = load["speedup"]
+    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
 def row(options: argparse.Namespace, prune: dict[str, Any]) -> list[str]:
     """Return the score, what was lost of it with its interval, and speedups beside ceilings."""
     report = json.loads(run(recipe(options, prune), options.output, track=silent).to_json())
     before, after = report["stages"]
-    check = report["verdict"]["checks"][0]
-    unit = 100 if before["score"]["metric"] == "accuracy" else 1
-    lost, low, high = (unit * check[name] for name in ("estimate", "low", "high"))
     dense, cut = (from_pretrained(stage["folder"]) for stage in (before, after))
-    cells = [f"{after['score']['value']:.4f}", f"{lost:.2f} ({low:.2f} to {high:.2f})"]
+    cells = quality(report)
     for load in after["loads"]:
         ceiling = total(dense, load["sequence"]) / total(cut, load["sequence"])
-        speed = load["speedup"]
-        interval = f"({speed['low']:.2f} to {speed['high']:.2f})"
-        cells += [f"{speed['value']:.2f} {interval}", f"{ceiling:.2f}"]
+        cells += [speedup(load), f"{ceiling:.2f}"]
     return cells
 
 

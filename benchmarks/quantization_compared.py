@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.accuracy import silent
-from benchmarks.heads_against_accuracy import task
+from benchmarks.heads_against_accuracy import quality, speedup, task
 from pipeline.recipe import Recipe
 from pipeline.runner import run
 
@@ -51,17 +51,9 @@ def row(options: argparse.Namespace, quantize: dict[str, Any]) -> list[str]:
     }
     recipe = Recipe.model_validate(content)
     report = json.loads(run(recipe, options.output, track=silent).to_json())
-    before, after = report["stages"]
-    check = report["verdict"]["checks"][0]
-    unit = 100 if before["score"]["metric"] == "accuracy" else 1
-    lost, low, high = (unit * check[name] for name in ("estimate", "low", "high"))
-    cells = [f"{after['score']['value']:.4f}", f"{lost:.2f} ({low:.2f} to {high:.2f})"]
-    cells.append(str(after["fidelity"]["flips"]))
-    cells.append(f"{after['size_bytes'] / 1e6:.2f}")
-    for load in after["loads"]:
-        speed = load["speedup"]
-        cells.append(f"{speed['value']:.2f} ({speed['low']:.2f} to {speed['high']:.2f})")
-    return cells
+    after = report["stages"][-1]
+    flips, size = str(after["fidelity"]["flips"]), f"{after['size_bytes'] / 1e6:.2f}"
+    return [*quality(report), flips, size, *map(speedup, after["loads"])]
 
 
 def main() -> None:

@@ -194,7 +194,9 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
         try:
             entry = _cut(work, step.model_copy(update=part), now)
         except (NothingToCut, NotMade):
-            continue  # too small a part for `multiple`, or every layer is at its last unit
+            # Too small a part for `multiple`, or every layer is at its last unit. Of several
+            # processes only the first can tell; if it failed, all of them end with it.
+            continue
         cut = entry.about
         if step.finetune is not None:
             entry = finetune(work, step.finetune, replace(now, entry=entry), teacher, turn=at)
