@@ -44,8 +44,26 @@ err = Console(stderr=True, highlight=False)
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
     options = _parser().parse_args(arguments)
+    if options.command is _verify:
+        sys.exit(_verify(options))  # where it is done there may be no torch
     _silence()
     sys.exit(_guarded(lambda: options.command(options)))
+
+
+def run(options: argparse.Namespace) -> NoReturn:
+    """Run a recipe, and exit; `options` are those of `run_arguments`."""
+    _silence()
+    sys.exit(_guarded(lambda: _run(options)))
+
+
+def run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `run`."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/<recipe>")
+    parser.add_argument("--fresh", action="store_true", help="do every step again")
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="upload the artifact to the hub if the verdict is a pass"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="run the whole pipeline; resumes by itself")
-    run.add_argument("recipe", type=Path, metavar="RECIPE")
-    run.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/<recipe>")
-    run.add_argument("--fresh", action="store_true", help="do every step again")
+    run_arguments(run)
     run.set_defaults(command=_run)
     check = commands.add_parser("check", help="resolve recipes, and say what would run")
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
@@ -84,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         help="write the configuration of a pruned folder in transformers' schema for such models",
     )
     inspect.set_defaults(command=_inspect)
+    verify = commands.add_parser(
+        "verify", help="whether a released artifact is what was released; without torch"
+    )
+    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.set_defaults(command=_verify)
     doctor = commands.add_parser("doctor", help="what this machine can run")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -157,13 +178,17 @@ def _run(options: argparse.Namespace) -> int:
     with _progress() as progress:
         report = run(options.recipe, options.output, fresh=options.fresh, track=_Bars(progress))
     _show(report.to_json(), options)
+    if options.push and report.verdict.outcome == "pass":
+        from pipeline.hub import push
+
+        out.print(f"on the hub: {push(Path(report.artifact), options.push)}", soft_wrap=True)
     return CODES[report.verdict.outcome]
 
 
 def _show(text: str, options: argparse.Namespace) -> None:
     import json
 
-    from pipeline.report import busy_note, check_line, table
+    from pipeline.report import busy_note, check_line, notes, table
     from pipeline.runner import default_output
 
     report = json.loads(text)
@@ -177,8 +202,8 @@ def _show(text: str, options: argparse.Namespace) -> None:
     out.print()
     out.print(shown)
     for stage in report["stages"]:
-        if stage["gain_note"]:
-            out.print(f"[dim]{stage['name']}: {escape(stage['gain_note'])}[/dim]")
+        if lines := notes(stage):
+            out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
     if note := busy_note(report):
         out.print(f"[yellow]{note}[/]")
     verdict = report["verdict"]
@@ -308,6 +333,28 @@ def _left(count: tuple[int, int] | None) -> str:
         return ""
     left, before = count
     return str(left) if left == before else f"{left} of {before}"
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from exporters import ExportError, MissingDependency
+    from pipeline.manifest import Damaged
+    from pipeline.verification import verify
+
+    try:
+        found = verify(options.folder)
+    except Damaged as error:
+        return _say(WRONG, error)
+    except MissingDependency as error:
+        return _say(UNAVAILABLE, error)
+    except ExportError as error:
+        return _say(FAILED, error)
+    out.print(
+        f"{escape(str(options.folder))}: {found.files} files, {found.size_bytes / 1e6:.1f} MB,"
+        f" {found.graphs} sound graphs; recorded outputs met within {found.difference:.1e}"
+        f" (at most {found.tolerance:.1e}); released as: {found.outcome}",
+        soft_wrap=True,
+    )
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -7,13 +7,16 @@ whole model from the dense one.
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Final, Self
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -54,12 +57,18 @@ class OutOfReach(ValueError):
 
 @dataclass(frozen=True)
 class _Level:
-    """Places that stay, the reader `(O, K)` then, and its relative errors on held-out data."""
+    """Places that stay, and the relative errors of the reader on held-out data.
+
+    The reader `(O, K)` itself waits in a file: those of all levels are several times the model.
+    """
 
     places: Tensor
-    weight: Tensor
+    file: Path
     unrepaired: float
     error: float
+
+    def weight(self) -> Tensor:
+        return load_file(self.file)["weight"]
 
 
 def reach(
@@ -114,38 +123,45 @@ def reach(
     scores: dict[str, Tensor] = {}
     levels: list[list[_Level]] = []
     moments = pruning.second_moments(model, groups, data, total=total, track=track)
-    for (group, seen), wanted in track(
-        zip(moments, counts, strict=True), "repairing levels", len(groups)
-    ):
-        scores[group.path] = CRITERIA[criterion](known(group, seen))
-        levels.append([_level(group, scores[group.path], count, seen, repair) for count in wanted])
-    errors = [np.array([level.error for level in of_group]) for of_group in levels]
-    first: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        for (group, seen), wanted in track(
+            zip(moments, counts, strict=True), "repairing levels", len(groups)
+        ):
+            of_units = scores[group.path] = CRITERIA[criterion](known(group, seen))
+            files = (Path(folder, f"{len(levels)}-{count}") for count in wanted)
+            levels.append(
+                [
+                    _level(group, of_units, count, seen, repair=repair, file=file)
+                    for count, file in zip(wanted, files, strict=True)
+                ]
+            )
+        errors = [np.array([level.error for level in of_group]) for of_group in levels]
+        first: list[float] = []
 
-    with _Trial(model, groups, levels, held_out) as trial:
+        with _Trial(model, groups, levels, held_out) as trial:
 
-        def loss(chosen: tuple[int, ...]) -> float:
-            first.append(trial.divergence(chosen))
-            return first[-1]
+            def loss(chosen: tuple[int, ...]) -> float:
+                first.append(trial.divergence(chosen))
+                return first[-1]
 
-        best = allocation.search(
-            costs,
-            errors,
-            allowed - fixed,
-            loss,
-            steps=track(range(searched), "searching levels", searched),
-            seed=seed,
-        )
-    assert best is not None  # to cut everything is within the budget
-    removed, repairs = {}, {}
-    for group, of_group, at in zip(groups, levels, best, strict=True):
-        level = of_group[at]
-        if len(level.places) == len(group.kept):
-            continue
-        gone = set(range(len(group.kept))) - set(level.places.tolist())
-        removed[group.path] = [group.kept[place] for place in sorted(gone)]
-        repairs[group.path] = (level.unrepaired, level.error)
-        pruning.cut_and_write(model, group, level.places, level.weight)
+            best = allocation.search(
+                costs,
+                errors,
+                allowed - fixed,
+                loss,
+                steps=track(range(searched), "searching levels", searched),
+                seed=seed,
+            )
+        assert best is not None  # to cut everything is within the budget
+        removed, repairs = {}, {}
+        for group, of_group, at in zip(groups, levels, best, strict=True):
+            level = of_group[at]
+            if len(level.places) == len(group.kept):
+                continue
+            gone = set(range(len(group.kept))) - set(level.places.tolist())
+            removed[group.path] = [group.kept[place] for place in sorted(gone)]
+            repairs[group.path] = (level.unrepaired, level.error)
+            pruning.cut_and_write(model, group, level.places, level.weight())
     predicted = fixed + sum(float(cost[at]) for cost, at in zip(costs, best, strict=True))
     choice = Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
     return Reached(choice, dense_cost, predicted, (first[0], min(first)))
@@ -179,8 +195,8 @@ class _Trial:
             self._groups, self._levels, chosen, self._whole, strict=True
         ):
             masked = torch.zeros_like(whole)
-            masked[:, pruning.columns(group, of_group[at].places)] = of_group[at].weight.to(
-                masked.dtype
+            masked[:, pruning.columns(group, of_group[at].places)] = (
+                of_group[at].weight().to(masked.dtype)
             )
             pruning.write_reader(group, masked)
         return divergence(self._model, self._dense, self._held_out)
@@ -233,13 +249,14 @@ def _costs(
 
 
 def _level(
-    group: Group, scores: Tensor, count: int, seen: calibration.Moments, repair: str
+    group: Group, scores: Tensor, count: int, seen: calibration.Moments, *, repair: str, file: Path
 ) -> _Level:
-    """Return a group with its `count` highest-scored units."""
+    """Return a group with its `count` highest-scored units; its reader goes into the file."""
     places = scores.argsort(stable=True)[len(scores) - count :].sort().values
     mended = pruning.repaired(group, seen, places, repair)
     weight = pruning.reader(group).double()
     size = weight.shape[1]
     energy = max(float(((weight @ seen.held_out[:size, :size]) * weight).sum()), 1e-30)
     before, after = mended.error_before / energy, mended.error_after / energy
-    return _Level(places, mended.weight.float(), before, after)
+    save_file({"weight": mended.weight.float().contiguous()}, file)
+    return _Level(places, file, before, after)

@@ -56,6 +56,6 @@ def leave_out(
         if lost <= allowed:
             return left, alone
     raise OutOfReach(
-        f"max_drop: found a drop of {best:.4g} at least, whatever is left out, expected at most"
-        f" {allowed:.4g}; choose another method or a larger drop"
+        f"found a loss of {best:.4g} at least, whatever is left out, expected at most"
+        f" {allowed:.4g}; choose another method or a larger limit"
     )

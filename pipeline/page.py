@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import yaml
 
 from pipeline.plots import baseline, draw
-from pipeline.report import check_line, shape
+from pipeline.report import check_line, notes, shape
 
 Json = Mapping[str, Any]
 Node = ET.Element | str
@@ -216,8 +216,12 @@ def stage_rows(report: Json, stage: Json) -> Iterable[ET.Element]:
         first = (name, *cells) if not index else ()
         yield tag("tr", *first, *load_cells(load))
     note = tag("span", step_words(stage["step"]), class_="note")
-    if stage["gain_note"]:
-        note.append(tag("b", stage["gain_note"]))
+    gain, *rest = notes(stage) or [""]
+    if gain:
+        note.append(tag("b", gain))
+    for line in rest:
+        note.append(tag("br"))
+        note[-1].tail = line
     yield tag("tr", tag("td", note, class_="foot", colspan=str(len(whole) + len(LOAD_COLUMNS))))
 
 

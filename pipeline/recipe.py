@@ -20,6 +20,7 @@ from pipeline.settings import (
     Export,
     Finetune,
     Goal,
+    Limited,
     Positive,
     Prune,
     Quantize,
@@ -247,22 +248,26 @@ def _missing_data(recipe: Recipe, step: Prune | Finetune | Quantize, where: str)
         if isinstance(step, Quantize):
             needs = f"{step.method} with these settings needs examples to calibrate on"
         yield f"{where}: {needs}, expected task.splits.calibration"
-    metric = METRICS[recipe.task.metric or TASKS[recipe.task.kind].metrics[0]]
-    if step.max_drop is not None and not metric.higher_is_better:
-        yield f"{where}.max_drop: perplexity grows when it gets worse; expected no max_drop"
-    if step.max_drop is not None and splits.selection is None:
-        yield f"{where}: max_drop needs examples to choose on, expected task.splits.selection"
+    if step.allowed is not None and splits.selection is None:
+        yield f"{where}: its limit needs examples to choose on, expected task.splits.selection"
+    yield from _limit_mistakes(recipe, step, where)
+
+
+def _limit_mistakes(recipe: Recipe, limits: Limited | Budget, where: str) -> Iterator[str]:
+    kind = recipe.task.kind
+    higher_is_better = METRICS[recipe.task.metric or TASKS[kind].metrics[0]].higher_is_better
+    if limits.max_drop is not None and not higher_is_better:
+        text = "perplexity grows when it gets worse, expected max_perplexity_ratio"
+        yield f"{where}.max_drop: {text}"
+    if limits.max_perplexity_ratio is not None and higher_is_better:
+        yield f"{where}.max_perplexity_ratio: {kind} has no perplexity, expected max_drop"
 
 
 def _budget_mistakes(recipe: Recipe) -> Iterator[str]:
-    kind, budget = recipe.task.kind, recipe.budget
+    budget = recipe.budget
     if not budget.model_dump(exclude={"confidence"}, exclude_none=True):
         yield "budget: found no limit, expected at least one, such as max_drop"
-    higher_is_better = METRICS[recipe.task.metric or TASKS[kind].metrics[0]].higher_is_better
-    if budget.max_drop is not None and not higher_is_better:
-        yield "budget.max_drop: perplexity grows when it gets worse, expected max_perplexity_ratio"
-    if budget.max_perplexity_ratio is not None and higher_is_better:
-        yield f"budget.max_perplexity_ratio: {kind} has no perplexity, expected max_drop"
+    yield from _limit_mistakes(recipe, budget, "budget")
 
 
 def explain(path: Path, error: ValidationError) -> str:

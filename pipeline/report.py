@@ -168,6 +168,20 @@ def busy_note(report: Mapping[str, Any]) -> str:
     )
 
 
+def notes(stage: Mapping[str, Any]) -> list[str]:
+    """Return what a step gained, what a quantization changed, and where the bytes are now."""
+    details, changed = stage["details"], list[str]()
+    if "quantized_nodes" in details:
+        changed.append(f"{details['quantized_nodes']} nodes quantized")
+        if details.get("reduce_range"):
+            changed.append("weights of 7 bits")
+        if details.get("left"):
+            changed.append(f"left as they were: {', '.join(details['left'])}")
+    parts = details.get("bytes_by_part", {}) if stage["gain_note"] else {}
+    sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts.items() if size)
+    return [line for line in (stage["gain_note"], ", ".join(changed), sizes) if line]
+
+
 def check_line(check: Mapping[str, Any]) -> str:
     """Return one check in words."""
     bounds = f"{check['estimate']:.4g} ({check['low']:.4g} to {check['high']:.4g})"
@@ -176,26 +190,30 @@ def check_line(check: Mapping[str, Any]) -> str:
     return f"{check['what']}: {bounds}, {limit}: {check['outcome']}{note}"
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """Return report.md, fit for a pull request."""
+def stage_table(report: Mapping[str, Any]) -> str:
+    """Return the stage table in Markdown."""
     header, rows = table(report)
-    lines = [f"# secateur: {report['verdict']['outcome']}", ""]
-    lines += [f"- {check_line(check)}" for check in report["verdict"]["checks"]]
-    lines += ["", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", f"Compared with the stage `{report['baseline']}`."]
-    lines += [
-        f"- {stage['name']}: {stage['gain_note']}"
-        for stage in report["stages"]
-        if stage["gain_note"]
-    ]
-    lines += [busy_note(report)]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def evidence(report: Mapping[str, Any]) -> str:
+    """Return where and on how many examples was measured, as a sentence."""
     machine, target = report["machine"], report["recipe"]["target"]
     where = f"{machine['cpu']}, {target['threads']} of {machine['cores']} cores"
-    examples = report["data"]["examples"]["gate"]
+    examples = report["stages"][-1]["score"]["examples"]
+    return f"{where}, {target['runtime']} on {target['device']}; {examples} examples judged."
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return report.md, fit for a pull request."""
+    lines = [f"# secateur: {report['verdict']['outcome']}", ""]
+    lines += [f"- {check_line(check)}" for check in report["verdict"]["checks"]]
+    lines += ["", stage_table(report), "", f"Compared with the stage `{report['baseline']}`."]
     lines += [
-        "",
-        f"{where}, {target['runtime']} on {target['device']}; {examples} examples judged.",
-        "",
+        f"- {stage['name']}: {'; '.join(notes(stage))}"
+        for stage in report["stages"]
+        if notes(stage)
     ]
+    lines += [busy_note(report), "", evidence(report), ""]
     return "\n".join(lines)

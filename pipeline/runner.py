@@ -17,13 +17,13 @@ import torch
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters import onnx
-from pipeline import gate, processes, schedules, steps
+from pipeline import artifact, gate, processes, schedules, sources, steps
 from pipeline.page import page
 from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
 from pipeline.settings import Export, Finetune, Prune, Quantize, trained
 from pipeline.stages import measure
-from pipeline.store import MANIFEST, publish, write_text
+from pipeline.store import publish, write_text
 from pipeline.work import Artifact, Work
 
 
@@ -72,7 +72,7 @@ def run(
             measured.stages,
         )
     )
-    last = artifacts[-1].entry.folder
+    last = artifacts[-1]
     passed = verdict.outcome == "pass"
     report = Report(
         recipe=work.described(),
@@ -86,14 +86,22 @@ def run(
         baseline=recipe.baseline,
         stages=measured.stages,
         verdict=verdict,
-        artifact=str(output / "artifact" if passed else last),
+        artifact=str(output / "artifact" if passed else last.entry.folder),
     )
     if not processes.leads():
         return report
     files = _files(report)
     if passed:
-        about = {"recipe": report.recipe, "machine": report.machine, "verdict": asdict(verdict)}
-        publish(lambda folder: _copy(last, folder), output / "artifact", about)
+        about = {
+            "recipe": report.recipe,
+            "source": sources.identity(work.source, recipe.model.revision),
+            "machine": report.machine,
+            "verdict": asdict(verdict),
+        }
+        content = json.loads(report.to_json())
+        publish(
+            lambda folder: artifact.write(folder, work, last, content), output / "artifact", about
+        )
     else:
         shutil.rmtree(output / "artifact", ignore_errors=True)  # an earlier run's, not this one's
     for name, text in files.items():
@@ -163,11 +171,6 @@ def _teacher(step: Prune | Finetune, artifacts: Sequence[Artifact]) -> Artifact 
     training = trained(step)
     name = training.teacher if training is not None else None
     return next((artifact for artifact in artifacts if artifact.name == name), None)
-
-
-def _copy(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    (folder / MANIFEST).unlink()  # the artifact gets its own
 
 
 def _files(report: Report) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from benchmarks import metrics
 from benchmarks.data import DataError
 from pipeline import (
     calibration,
@@ -29,7 +30,7 @@ from pipeline import (
 )
 from pipeline.checkpoint import ModelError
 from pipeline.masks import LEARNERS, Masks, Movement
-from pipeline.settings import Goal, Prune, Training
+from pipeline.settings import Goal, Limited, Prune, Training
 from pipeline.store import Entry, NotMade
 from pipeline.structure import Kind
 from pipeline.work import Artifact, Work
@@ -54,7 +55,7 @@ def prune(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -
             "seconds": reached.about["seconds"] + trained.about["seconds"],
         }
         return replace(trained, about={**trained.about, **about})
-    if step.finetune is None and step.rounds == 1 and step.max_drop is None:
+    if step.finetune is None and step.rounds == 1 and step.allowed is None:
         return _cut(work, step, before)
     return _iterate(work, step, before, teacher)
 
@@ -178,8 +179,8 @@ def _learn(
 
 
 def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None) -> Entry:
-    """Return the last round's entry, or the last one that is within the step's `max_drop`."""
-    reference = None if step.max_drop is None else _selection_score(work, before.entry)
+    """Return the last round's entry, or the last one that is within the step's limit."""
+    reference = None if step.allowed is None else _selection_score(work, before.entry)
     now, rounds = before, list[dict[str, Any]]()
     details: dict[str, Any] = {"removed": {}}
     seconds = 0.0
@@ -190,7 +191,7 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
         }
         if not any(shares.values()) and not (step.layers or step.sublayers):
             continue
-        part = {"rounds": 1, "finetune": None, "max_drop": None} | shares
+        part = {"rounds": 1, "finetune": None, **dict.fromkeys(Limited.model_fields)} | shares
         try:
             entry = _cut(work, step.model_copy(update=part), now)
         except (NothingToCut, NotMade):
@@ -202,9 +203,10 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
             entry = finetune(work, step.finetune, replace(now, entry=entry), teacher, turn=at)
         seconds += cut["seconds"] + (entry.about["seconds"] if step.finetune else 0.0)
         done: dict[str, Any] = {k: sum(entry.about[k]) for k in ("heads", "neurons")}
-        if reference is not None and step.max_drop is not None:
+        if reference is not None and step.allowed is not None:
             score = _selection_score(work, entry)
-            done |= {"selection": score, "kept": reference - score <= step.max_drop}
+            taken = metrics.lost(work.metric, reference, score)
+            done |= {"selection": score, "kept": taken <= step.allowed}
         rounds.append(done)
         if not done.get("kept", True):
             break

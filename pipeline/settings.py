@@ -95,8 +95,25 @@ class Goal(Strict):
         return self
 
 
-class Prune(Strict):
-    """Cut heads and neurons out of the model."""
+class Limited(Strict):
+    """How much of the score on the selection split a step may take."""
+
+    max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Absolute, for a metric where higher is better."""
+    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = None
+
+    @property
+    def allowed(self) -> float | None:
+        """The largest loss, as `metrics.lost` counts it; None if there is no limit."""
+        ratio = self.max_perplexity_ratio
+        return self.max_drop if ratio is None else ratio - 1
+
+
+class Prune(Limited):
+    """Cut heads and neurons out of the model.
+
+    With a limit, it stops before the round that takes more.
+    """
 
     step: Literal["prune"]
     heads: Fraction = 0.0
@@ -119,8 +136,6 @@ class Prune(Strict):
     """Go to the shares in so many rounds: score anew, cut, repair, train."""
     finetune: Training | None = None
     """The training of every round, or the one in which the criterion learns."""
-    max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Stop before the round that takes more than this from the score on the selection split."""
 
     @property
     def calibrated(self) -> bool:
@@ -158,16 +173,16 @@ class Prune(Strict):
         if self.sublayers and self.uniform:
             raise ValueError("found `sublayers` and `uniform`, expected one of them")
         alone = self.criterion in LEARNERS or self.rounds > 1 or self.uniform
-        if self.goal is not None and (alone or self.max_drop is not None):
+        if self.goal is not None and (alone or self.allowed is not None):
             raise ValueError(
-                "goal: found a criterion that learns, or `rounds`, `max_drop` or `uniform`,"
-                " expected none of them beside a goal"
+                "goal: found a criterion that learns, `rounds`, a limit or `uniform`, expected none"
+                " of them beside a goal"
             )
         if self.criterion in LEARNERS and self.finetune is None:
             raise ValueError(f"{self.criterion} learns while the model trains, expected `finetune`")
-        if self.criterion in LEARNERS and (self.rounds > 1 or self.max_drop is not None):
+        if self.criterion in LEARNERS and (self.rounds > 1 or self.allowed is not None):
             raise ValueError(
-                f"{self.criterion} learns in one training, expected no `rounds` or `max_drop`"
+                f"{self.criterion} learns in one training, expected no `rounds` and no limit"
             )
         return self
 
@@ -178,8 +193,11 @@ class Finetune(Training):
     step: Literal["finetune"]
 
 
-class Quantize(Strict):
-    """Store, and where the runtime can, compute in fewer bits; what a key does depends on it."""
+class Quantize(Limited):
+    """Store, and where the runtime can, compute in fewer bits; what a key does depends on it.
+
+    With a limit, the layers that lose most are left as they are.
+    """
 
     step: Literal["quantize"]
     method: Annotated[str, one_of(METHODS)] = "int8-dynamic"
@@ -195,9 +213,6 @@ class Quantize(Strict):
     """No zero points: unless given, so far as the algorithm can do without."""
     portable: bool = False
     """Standard ONNX operators alone, as other runtimes want them."""
-    max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Leave the layers that lose most as they are, until no more than this is lost of the score on
-    the selection split."""
 
     @property
     def calibrated(self) -> bool:
@@ -215,7 +230,7 @@ class Quantize(Strict):
         known = METHODS[self.method].options
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         changed = {name for name, value in defaults.items() if getattr(self, name) != value}
-        useless = sorted(changed - known - {"step", "method", "max_drop"})
+        useless = sorted(changed - known - {"step", "method", *Limited.model_fields})
         if useless:
             rest = f"none but {sorted(known)}" if known else "none of the others' keys"
             raise ValueError(f"found {useless} with {self.method}, expected {rest}")

@@ -8,7 +8,7 @@ import transformers
 
 from exporters import MissingDependency
 from pipeline.checkpoint import ModelError, read_config
-from pipeline.store import file_hash
+from pipeline.manifest import file_hash
 
 MINILM: Final = "builtin:minilm"
 MINILM_SHA256: Final = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

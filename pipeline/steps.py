@@ -25,9 +25,10 @@ from benchmarks.worker import InProcess
 from exporters import onnx
 from pipeline import calibration, checkpoint, mixed, parts, quantization, sources
 from pipeline.checkpoint import ModelError
+from pipeline.manifest import MANIFEST
 from pipeline.recipe import ORIGINAL
-from pipeline.settings import Finetune, Quantize, trained
-from pipeline.store import MANIFEST, Entry
+from pipeline.settings import Finetune, Limited, Quantize, trained
+from pipeline.store import Entry
 from pipeline.weight_only import ASYMMETRIC
 from pipeline.work import Artifact, Work
 
@@ -136,7 +137,7 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     # What is portable is for another runtime than the one here.
     reduce_range = integer and work.machine.saturates and not step.portable
     options = quantization.Options(
-        **step.model_dump(exclude={"step", "method", "max_drop", "symmetric"}),
+        **step.model_dump(exclude={"step", "method", "symmetric", *Limited.model_fields}),
         symmetric=step.algorithm not in ASYMMETRIC if step.symmetric is None else step.symmetric,
         reduce_range=reduce_range,
         calibration=partial(_calibration, work),
@@ -147,7 +148,7 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
         path.parent.mkdir()
         details: dict[str, Any] = {"reduce_range": reduce_range} if integer else {}
         chosen = options
-        if step.max_drop is not None:
+        if step.allowed is not None:
             layers = quantization.layers(source.folder / onnx.MODEL, step.method, options)
             left, divergences = _leave_out(work, step, options, source.folder / onnx.MODEL, layers)
             details |= {"left": left, "divergences": divergences}
@@ -166,7 +167,7 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
         "input": source.digest,
         "reduce_range": reduce_range,
         "data": work.evidence("calibration") if step.calibrated else None,
-        "selection": [work.metric, work.evidence("selection")] if step.max_drop else None,
+        "selection": [work.metric, work.evidence("selection")] if step.allowed else None,
     }
     return work.make("quantize", key, make)
 
@@ -179,7 +180,7 @@ def _leave_out(
     layers: Mapping[str, Sequence[str]],
 ) -> tuple[tuple[str, ...], dict[str, float]]:
     """Return the layers to leave as they are, and what each does if it is quantized alone."""
-    assert step.max_drop is not None
+    assert step.allowed is not None
     examples = work.examples("selection")
 
     def outcomes(path: Path) -> Outcomes:
@@ -195,12 +196,12 @@ def _leave_out(
             path = Path(folder, onnx.MODEL.name)
             quantization.quantize(source, path, step.method, replace(options, left=nodes))
             after = outcomes(path)
-        lost = reference - metrics.score(work.metric, after.columns)
+        lost = metrics.lost(work.metric, reference, metrics.score(work.metric, after.columns))
         kl_mean = fidelity(before, after, None).kl_mean
         return mixed.Loss(lost, lost if kl_mean is None else kl_mean)
 
     try:
-        return mixed.leave_out(list(layers), measure, step.max_drop, work.track)
+        return mixed.leave_out(list(layers), measure, step.allowed, work.track)
     except mixed.OutOfReach as error:
         raise quantization.QuantizationError(str(error)) from error
 

@@ -8,9 +8,6 @@ is read; a bad one is set aside and made again. Plain files only, no links.
 """
 
 import fcntl
-import hashlib
-import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline import processes
+from pipeline import manifest, processes
+from pipeline.manifest import fingerprint, seal, sync
 
-MANIFEST: Final = "manifest.json"
 _HIDDEN: Final = ".store"
 """Locks, unfinished and set-aside entries lie here, beside the entries."""
 
@@ -106,7 +103,7 @@ class Store:
                 bad = self._root / _HIDDEN / "bad" / f"{label}-{uuid.uuid4().hex[:8]}"
                 folder.rename(bad)
             unfinished.rename(folder)
-            _sync(self._root)
+            sync(self._root)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         kept(unfinished).unlink(missing_ok=True)
@@ -125,51 +122,11 @@ def kept(unfinished: Path) -> Path:
     return unfinished.with_name(f"{unfinished.name}.kept")
 
 
-def fingerprint(value: object) -> str:
-    """Return the sha256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def content(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and sha256 of every file below `folder` but its manifest."""
-    return {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": file_hash(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
-    }
-
-
-def seal(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write the manifest of a finished folder, and sync all of it to the disk."""
-    manifest: dict[str, Any] = {"files": content(folder), "about": dict(about)}
-    manifest["sha256"] = fingerprint(manifest)
-    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
 def verify(folder: Path) -> Entry | None:
     """Return the folder's entry if its files are those of its manifest, else None."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        seal_found = manifest.pop("sha256")
-        files, about = manifest["files"], manifest["about"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    if fingerprint(manifest) != seal_found:
-        return None
-    if any(path.is_symlink() for path in folder.rglob("*")) or content(folder) != files:
+        files, about = manifest.read(folder)
+    except manifest.Damaged:
         return None
     return Entry(folder, fingerprint(files), about)
 
@@ -197,15 +154,7 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(text, encoding="utf-8")
-        _sync(unfinished)
+        sync(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -34,9 +34,10 @@ from pipeline import (
 )
 from pipeline.architectures import ARCHITECTURES
 from pipeline.checkpoint import ModelError
+from pipeline.manifest import fingerprint
 from pipeline.recipe import Recipe
 from pipeline.settings import Prune
-from pipeline.store import Entry, Store, fingerprint
+from pipeline.store import Entry, Store
 
 # What these files say cannot change a stage's content.
 _WITHOUT_EFFECT: Final = frozenset(

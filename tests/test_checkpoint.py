@@ -14,7 +14,7 @@ from benchmarks.machine import Unavailable
 from exporters import MissingDependency
 from pipeline import from_pretrained, prune_heads, save_pretrained, sources
 from pipeline.checkpoint import ModelError, load, open_predictor
-from pipeline.store import file_hash
+from pipeline.manifest import file_hash
 
 
 def test_a_pruned_backbone_takes_another_head(tmp_path):

@@ -233,3 +233,10 @@ def test_doctor_says_what_is_here():
     done = secateur("doctor")
     assert done.returncode == 0
     assert "ONNX Runtime" in done.stdout
+
+
+def test_optimum_cli_compresses_too(tmp_path):
+    command = [Path(sys.executable).with_name("optimum-cli"), "compress", tmp_path / "none.yaml"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr.strip().endswith("none.yaml: no such file")

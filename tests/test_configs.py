@@ -1,12 +1,14 @@
-"""Every recipe that is shipped can be read."""
+"""What is shipped is whole: every recipe can be read, every package is installed."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from pipeline import Recipe
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
@@ -14,3 +16,14 @@ def test_a_shipped_recipe_is_read(path):
     recipe = Recipe.from_yaml(path)
     assert recipe.steps[-1].step == "export"
     assert f"secateur run configs/{path.name}" in path.read_text()
+
+
+def test_every_package_is_installed():
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    here = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for name in ("pipeline", "exporters", "benchmarks")
+        for path in (ROOT / name).rglob("__init__.py")
+    }
+    assert set(declared["packages"]) - {*declared["package-dir"]} == here
+    assert all(any((ROOT / path).glob("*.py")) for path in declared["package-dir"].values())

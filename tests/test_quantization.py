@@ -282,7 +282,7 @@ def test_layers_that_lose_most_are_left_out_until_it_is_enough():
     left, alone = mixed.leave_out([*harm], measure, 0.001)
     assert left == ("b", "c")
     assert alone == pytest.approx({name: 10 * lost for name, lost in harm.items()})
-    with pytest.raises(mixed.OutOfReach, match=r"found a drop of 0\.001 at least"):
+    with pytest.raises(mixed.OutOfReach, match=r"found a loss of 0\.001 at least"):
         mixed.leave_out([*harm], measure, 0.0005)
 
 

@@ -142,6 +142,10 @@ def test_perplexity_has_no_drop(tmp_path):
     task = GOOD["task"] | {"kind": "causal-lm"}
     with pytest.raises(RecipeError, match=r"budget\.max_drop: perplexity grows"):
         read(tmp_path, GOOD | {"task": task})
+    with pytest.raises(
+        RecipeError, match=r"steps\.0\.max_perplexity_ratio: text-classification has"
+    ):
+        read(tmp_path, changed("steps", 0, "max_perplexity_ratio", 1.1))
 
 
 def test_all_mistakes_are_said_at_once(tmp_path):

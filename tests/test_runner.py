@@ -32,7 +32,8 @@ from transformers import (
 
 from benchmarks.accuracy import Outcomes
 from pipeline import Recipe, from_pretrained, run, units
-from pipeline.store import seal, verify
+from pipeline.manifest import seal
+from pipeline.store import verify
 
 
 @pytest.fixture(scope="module")

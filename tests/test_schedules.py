@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import secateur, write_recipe
+from conftest import ROWS, other_task, secateur, write_recipe
 from safetensors.torch import load_file
 
 from pipeline import training
@@ -92,6 +92,24 @@ def test_a_round_that_costs_too_much_is_taken_back(tmp_path):
     assert sum(stage["heads"]) == kept
 
 
+def test_rounds_of_a_language_model_end_before_its_perplexity_grows(tmp_path):
+    rows = [{"text": text} for text, _ in ROWS[:120]]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    content = other_task(tmp_path, "causal-lm", "llama")
+    content["task"]["splits"]["selection"] = "train[100:]"
+    content["task"]["splits"]["gate"] = "train[60:100]"
+    prune = {"step": "prune", "neurons": 0.9, "rounds": 3, "repair": "none"}
+    content["steps"] = [prune | {"max_perplexity_ratio": 1.001}]
+    content["budget"] = {"max_perplexity_ratio": 100.0}
+    content["target"]["runtime"] = "torch"
+    stage = last(run(Recipe.model_validate(content), tmp_path / "out"))
+    rounds, before = stage["details"]["rounds"], stage["details"]["selection_before"]
+    for found in rounds:
+        assert found["kept"] == (found["selection"] <= 1.001 * before)
+    kept = [found["neurons"] for found in rounds if found["kept"]]
+    assert sum(stage["neurons"]) == (kept[-1] if kept else 144)
+
+
 @pytest.mark.parametrize("criterion", ["movement", "hard-concrete", "exact-k"])
 def test_a_criterion_that_learns_cuts_the_share(tmp_path, criterion):
     path = recipe(tmp_path, heads=0.5, neurons=0.25, criterion=criterion)
@@ -105,7 +123,7 @@ def test_a_criterion_that_learns_cuts_the_share(tmp_path, criterion):
     ("prune", "message"),
     [
         ({"criterion": "movement", "finetune": None}, "learns while the model trains, expected"),
-        ({"criterion": "exact-k", "rounds": 2}, "expected no `rounds` or `max_drop`"),
+        ({"criterion": "exact-k", "rounds": 2}, "expected no `rounds` and no limit"),
         ({"criterion": "exact-k", "finetune": {"patience": 2}}, "expected no `patience`"),
         ({"uniform": True, "rounds": 2}, "found `uniform` and `rounds`"),
         ({"layers": 0.5, "rounds": 2}, "layers and sublayers go at once, found rounds: 2"),
@@ -119,7 +137,7 @@ def test_what_cannot_be_learnt_is_refused(tmp_path, prune, message):
         Recipe.from_yaml(path)
 
 
-@pytest.mark.parametrize("key", ["max_drop", "patience"])
+@pytest.mark.parametrize("key", ["its limit", "patience"])
 def test_choosing_needs_a_selection_split(tmp_path, key):
     path = recipe(tmp_path, heads=0.5, max_drop=0.1)
     content = yaml.safe_load(path.read_text())

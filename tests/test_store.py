@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import store
-from pipeline.store import MANIFEST, Store, publish, verify, write_text
+from pipeline.manifest import MANIFEST
+from pipeline.store import Store, publish, verify, write_text
 
 
 class Maker:

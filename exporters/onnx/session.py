@@ -16,7 +16,10 @@ from exporters.onnx.graph import store
 
 MODEL: Final = Path("onnx", "model.onnx")
 """Where the graph lies in an artifact."""
-
+PROVIDERS: Final = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CONFIG: Final[Mapping[str, str]] = {"session.intra_op.allow_spinning": "0"}
+"""Of every session. Idle threads that wait in a loop would take the cores from whatever runs next,
+in a comparison as in a server."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -53,12 +56,12 @@ def runtime() -> ModuleType:
     return _ORT
 
 
-def open_predictor(folder: Path, *, device: str, threads: int) -> Any:
+def open_predictor(folder: Path, *, device: str, threads: int, optimize: bool = True) -> Any:
     """Return the predictor of an artifact in `folder`: arrays of inputs to arrays of outputs."""
-    return predictor(folder / MODEL, device=device, threads=threads)
+    return predictor(folder / MODEL, device=device, threads=threads, optimize=optimize)
 
 
-def predictor(path: Path, *, device: str, threads: int) -> Any:
+def predictor(path: Path, *, device: str, threads: int, optimize: bool = True) -> Any:
     """Return a function that runs the graph at `path`.
 
     A cache that is not given is empty, and positions that are not given are those of the mask.
@@ -69,7 +72,7 @@ def predictor(path: Path, *, device: str, threads: int) -> Any:
         RuntimeError: the device's execution provider is not there; ONNX Runtime itself would go on
             with the CPU in silence.
     """
-    session = open_session(path, device=device, threads=threads)
+    session = open_session(path, device=device, threads=threads, optimize=optimize)
     outputs = [output.name for output in session.get_outputs()]
     given = feeder({node.name: node.shape for node in session.get_inputs()})
     return lambda arrays: dict(zip(outputs, session.run(outputs, given(arrays)), strict=True))
@@ -152,19 +155,21 @@ def positions(mask: NDArray[Any]) -> NDArray[Any]:
     return np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
 
 
-def open_session(path: Path, *, device: str, threads: int) -> Any:
+def open_session(path: Path, *, device: str, threads: int, optimize: bool = True) -> Any:
     """Return an ONNX Runtime session; see `predictor` for what it raises.
 
-    Spinning is off: idle threads that wait in a loop would take the cores from whatever runs next,
-    in a comparison as in a server.
+    Unless it may `optimize`, the graph runs as it is.
     """
     ort = runtime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    for name, value in CONFIG.items():
+        options.add_session_config_entry(name, value)
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    provider = PROVIDERS[device]
     found = ort.get_available_providers()
     if provider in found:
         try:

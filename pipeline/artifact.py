@@ -1,0 +1,159 @@
+"""What is deployed: the last stage's files, and all that their users need around them.
+
+    onnx/model.onnx     the model, where the ecosystem's servers look for it
+    config.json, tokenizer.json ...
+    inference.json      task, labels, and the session options that it was measured with
+    infer.py            answers, with onnxruntime, numpy and tokenizers alone
+    golden.npz          inputs and the outputs that they gave here
+    triton/             a model repository
+    README.md           the model card, with the measured numbers
+    manifest.json       sha256 of every file, source, recipe, versions, machine, verdict
+
+The recorded outputs are gone through once more by infer.py's own code before anything is published.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks.tasks import Arrays, collate
+from benchmarks.worker import Predictor
+from exporters import ExportError, onnx
+from exporters.onnx import triton
+from exporters.onnx.session import CONFIG, PROVIDERS
+from pipeline import card, checkpoint, infer
+from pipeline.manifest import MANIFEST
+from pipeline.work import Artifact, Work
+
+ROWS: Final = 4
+"""Recorded inputs."""
+TOKENS: Final = 16
+"""Of a recorded input whose outputs are those of a vocabulary."""
+TOLERANCE: Final = 1e-3
+"""The least difference that counts, relative to the largest output."""
+MARGIN: Final = 4.0
+"""How much further apart than here two machines may be."""
+
+
+def write(folder: Path, work: Work, last: Artifact, report: Mapping[str, Any]) -> None:
+    """Write the artifact of a run into an empty folder.
+
+    Args:
+        folder: empty.
+        work: of the run.
+        last: the stage that is deployed.
+        report: the JSON of report.json.
+
+    Raises:
+        ExportError: the model does not give here what it gave a moment ago.
+    """
+    shutil.copytree(last.entry.folder, folder, dirs_exist_ok=True)
+    (folder / MANIFEST).unlink()  # the artifact gets its own
+    exported = last.format != "torch"
+    tolerance = _record(folder, work, exported=exported)
+    settings = _settings(work, exported=exported) | {"tolerance": tolerance}
+    text = json.dumps(settings, indent=1, ensure_ascii=False)
+    (folder / infer.SETTINGS).write_text(text, encoding="utf-8")
+    if exported:
+        _deploy(folder, work, settings)
+    (folder / "README.md").write_text(card.card(report, name(work), settings), encoding="utf-8")
+
+
+def name(work: Work) -> str:
+    """Return a name for the model, of letters, digits, `.`, `_` and `-`."""
+    source = work.recipe.model.source.removeprefix("builtin:")
+    return re.sub(r"[^\w.-]+", "-", Path(source).expanduser().absolute().name) or "model"
+
+
+def _deploy(folder: Path, work: Work, settings: Mapping[str, Any]) -> None:
+    """Write what runs the graphs elsewhere, and run it once here."""
+    target = work.recipe.target
+    for path in sorted((folder / onnx.MODEL.parent).glob("*.onnx")):
+        side = "" if path.name == onnx.MODEL.name else f"-{path.stem.removesuffix('_model')}"
+        triton.write(
+            path,
+            folder / "triton",
+            name(work) + side,
+            device=target.device,
+            threads=work.threads,
+            rows=max(load.batch for load in target.loads),
+        )
+    if settings["task"] not in infer.ANSWERS:
+        return
+    shutil.copyfile(infer.__file__, folder / "infer.py")
+    difference = infer.golden(folder, infer.Model(folder).run)
+    if not difference <= settings["tolerance"]:
+        raise ExportError(
+            f"{folder / onnx.MODEL}: found outputs that differ by {difference:.1e} from one session"
+            f" to the next, expected at most {settings['tolerance']:.1e}"
+        )
+
+
+def _settings(work: Work, *, exported: bool) -> dict[str, Any]:
+    target = work.recipe.target
+    settings: dict[str, Any] = {
+        "task": work.recipe.task.kind,
+        "max_length": work.recipe.task.max_length,
+        "labels": work.labels,
+        "pad": work.padding["input_ids"],
+        "runtime": target.runtime,
+        "device": target.device,
+        "threads": work.threads,
+    }
+    if work.task.reduction == "next_token":
+        end = getattr(work.config, "eos_token_id", None)
+        end = [end] if isinstance(end, int) else list(end or [])
+        settings |= {"begin": getattr(work.processor, "bos_token_id", None), "end": end}
+    if exported:
+        settings |= {"providers": [PROVIDERS[target.device]], "session": dict(CONFIG)}
+    return settings
+
+
+def _record(folder: Path, work: Work, *, exported: bool) -> float:
+    """Write inputs with the outputs for them, and return how far others may be from these.
+
+    That is some times the difference between ONNX Runtime's graph as it is and as it optimizes it:
+    int8 rounds otherwise in each, as it does on another CPU.
+    """
+    device, threads = work.recipe.target.device, work.threads
+    inputs = _inputs(work)
+    predict: Predictor
+    if exported:
+        predict = onnx.open_predictor(folder, device=device, threads=threads)
+        plain = onnx.open_predictor(folder, device=device, threads=threads, optimize=False)
+        outputs, others = _outputs(predict, inputs), _outputs(plain, inputs)
+    else:
+        predict = checkpoint.open_predictor(folder, device=device, threads=threads)
+        outputs = others = _outputs(predict, inputs)
+    recorded = {f"input.{key}": array for key, array in inputs.items()}
+    recorded |= {f"output.{key}": array for key, array in outputs.items()}
+    np.savez(folder / infer.GOLDEN, allow_pickle=False, **recorded)
+    apart = [
+        float(np.abs(others[key] - array).max()) / max(float(np.abs(array).max()), 1e-6)
+        for key, array in outputs.items()
+    ]
+    return max(TOLERANCE, MARGIN * max(apart))
+
+
+def _inputs(work: Work) -> Arrays:
+    """Return a few inputs of the gate split as a batch."""
+    rows, tokens = ROWS, work.recipe.task.max_length
+    if work.task.reduction != "none":
+        rows, tokens = 1, TOKENS
+    windows = [w.inputs for example in work.examples("gate")[:rows] for w in example.windows][:rows]
+    if "sequence" in work.task.axes:
+        windows = [{key: array[:tokens] for key, array in window.items()} for window in windows]
+    return collate(windows, work.padding)
+
+
+def _outputs(predict: Predictor, inputs: Arrays) -> Arrays:
+    return {
+        key: np.asarray(array)
+        for key, array in predict(inputs).items()
+        if not key.startswith("present.")
+    }

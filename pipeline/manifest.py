@@ -1,0 +1,102 @@
+"""The manifest of a folder: the sha256 of every file, and what its maker said of them.
+
+Plain files only: a link may lead out of the folder, and is as bad as a file that was changed.
+Nothing here needs torch, so that an artifact can be checked wherever it is deployed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+MANIFEST: Final = "manifest.json"
+
+
+class Damaged(ValueError):
+    """A folder is not what its manifest says; the message tells every file, one a line."""
+
+
+def fingerprint(value: object) -> str:
+    """Return the sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def content(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of every file below `folder` but its manifest."""
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": file_hash(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+
+
+def seal(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest of a finished folder, and sync all of it to the disk."""
+    manifest: dict[str, Any] = {"files": content(folder), "about": dict(about)}
+    manifest["sha256"] = fingerprint(manifest)
+    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def read(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the files of a folder as its manifest has them, and what was said of them.
+
+    Raises:
+        Damaged: there is no manifest, it was changed, or the files are not those that it names.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        seal_found = manifest.pop("sha256")
+        files, about = manifest["files"], manifest["about"]
+    except FileNotFoundError:
+        raise Damaged(f"{path}: found none, expected a folder that secateur wrote") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path}: cannot be read: {error}") from None
+    if fingerprint(manifest) != seal_found:
+        raise Damaged(f"{path}: found another content than its own sha256 says; it was changed")
+    links = [path for path in sorted(folder.rglob("*")) if path.is_symlink()]
+    if links:  # none is followed
+        raise Damaged("\n".join(f"{path}: found a link, expected a plain file" for path in links))
+    found = content(folder)
+    mistakes = [
+        f"{folder / name}: {_difference(found.get(name), files.get(name))}"
+        for name in sorted(files.keys() | found.keys())
+        if found.get(name) != files.get(name)
+    ]
+    if mistakes:
+        raise Damaged("\n".join(mistakes))
+    return files, about
+
+
+def _difference(found: Mapping[str, Any] | None, expected: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "missing"
+    if expected is None:
+        return "found a file that the manifest does not name; it was added"
+    if found["bytes"] != expected["bytes"]:
+        return f"found {found['bytes']} bytes, expected {expected['bytes']}; it was cut or changed"
+    return f"found the sha256 {found['sha256'][:16]}..., expected {expected['sha256'][:16]}..."
+
+
+def sync(path: Path) -> None:
+    """Bring a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

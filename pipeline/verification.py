@@ -1,0 +1,104 @@
+"""Is a released artifact what was released? Checked without torch and without a network.
+
+First the bytes (sha256 of every file, no links), then the graphs (sound, their weights inside the
+folder), then what the model gives for the inputs that were recorded when it was released.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from benchmarks.machine import usable_cores
+from exporters import MissingDependency
+from pipeline import manifest
+from pipeline.manifest import Damaged
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found good.
+
+    `difference` is the largest one to the recorded outputs, relative to the largest output, and
+    `tolerance` what it may be.
+    """
+
+    files: int
+    size_bytes: int
+    graphs: int
+    outcome: str
+    difference: float
+    tolerance: float
+
+
+def verify(folder: Path) -> Verified:
+    """Return what was found of the artifact in `folder`.
+
+    Raises:
+        Damaged: files, graphs or outputs are not those that were released.
+        MissingDependency: what runs the model is not installed.
+    """
+    files, about = manifest.read(folder)
+    graphs = [folder / name for name in files if name.endswith(".onnx")]
+    for path in graphs:
+        _check(path, folder, files)
+    settings = folder / "inference.json"
+    if not settings.is_file():
+        raise Damaged(f"{settings}: found none, expected a released artifact, not a stage")
+    told = json.loads(settings.read_text(encoding="utf-8"))
+    difference, tolerance = _rerun(folder, told), float(told["tolerance"])
+    if not difference <= tolerance:
+        raise Damaged(
+            f"{folder}: found outputs that differ by {difference:.1e} from the recorded ones,"
+            f" expected at most {tolerance:.1e}; this runtime or machine computes otherwise than"
+            " the one that the artifact was measured on"
+        )
+    return Verified(
+        files=len(files),
+        size_bytes=sum(file["bytes"] for file in files.values()),
+        graphs=len(graphs),
+        outcome=about.get("verdict", {}).get("outcome", "unknown"),
+        difference=difference,
+        tolerance=tolerance,
+    )
+
+
+def _check(path: Path, folder: Path, files: Mapping[str, Any]) -> None:
+    """Raise Damaged if a graph is not sound, or its weights lie outside the folder."""
+    try:
+        graph = onnx.load(path, load_external_data=False)
+        onnx.checker.check_model(str(path))
+    except Exception as error:
+        # DecodeError and ValidationError derive from Exception alone.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Damaged(f"{path}: not a sound graph: {reason}") from error
+    for weight in graph.graph.initializer:
+        for entry in weight.external_data:
+            where = path.parent / entry.value
+            inside = where.is_relative_to(folder) and ".." not in Path(entry.value).parts
+            if entry.key == "location" and not (
+                inside and where.relative_to(folder).as_posix() in files
+            ):
+                raise Damaged(
+                    f"{path}: found {weight.name!r} in the file {entry.value!r}, expected one of"
+                    " the artifact"
+                )
+
+
+def _rerun(folder: Path, settings: Mapping[str, Any]) -> float:
+    """Return the largest difference to the recorded outputs."""
+    home = "exporters.onnx" if settings["runtime"] == "onnxruntime" else "pipeline.checkpoint"
+    try:
+        from pipeline.infer import golden
+
+        opener = import_module(home).open_predictor
+    except ImportError as error:
+        raise MissingDependency(
+            f"{error.name}: not installed, expected it to run the recorded inputs"
+        ) from error
+    threads = min(settings["threads"], usable_cores())
+    return golden(folder, opener(folder, device=settings["device"], threads=threads))
