@@ -92,7 +92,7 @@ def main() -> None:
     options = parser.parse_args()
     training = {
         "epochs": options.epochs,
-        "learning_rate": 5e-5,
+        "learning_rate": 2e-5,
         "teacher": "original",
         "task_weight": 0.1,  # the labels of a model that is trained already teach it little
         "hidden_weight": 1.0,
