@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
         help="write the configuration of a pruned folder in transformers' schema for such models",
     )
     inspect.set_defaults(command=_inspect)
+    rebuild = commands.add_parser(
+        "rebuild", help="make the TensorRT engine of an artifact again, on this machine"
+    )
+    rebuild.add_argument("folder", type=Path, metavar="FOLDER")
+    rebuild.set_defaults(command=_rebuild)
     doctor = commands.add_parser("doctor", help="what this machine can run")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -96,7 +101,7 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
     from benchmarks.data import DataError
     from benchmarks.machine import Unavailable
     from benchmarks.worker import WorkerError
-    from exporters import ExportError, MissingDependency
+    from exporters import ExportError, MissingDependency, NotHere
     from pipeline.checkpoint import ModelError
     from pipeline.finetuning import TrainingError
     from pipeline.gate import EvidenceError
@@ -104,7 +109,7 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
     from pipeline.recipe import RecipeError
 
     wrong = (RecipeError, DataError, ModelError, EvidenceError)
-    unavailable = (Unavailable, MissingDependency)
+    unavailable = (Unavailable, MissingDependency, NotHere)
     failed = (
         WorkerError,
         TrainingError,
@@ -308,6 +313,19 @@ def _left(count: tuple[int, int] | None) -> str:
         return ""
     left, before = count
     return str(left) if left == before else f"{left} of {before}"
+
+
+def _rebuild(options: argparse.Namespace) -> int:
+    from pipeline.rebuilding import rebuild
+
+    with _progress() as progress:
+        about = rebuild(options.folder, track=_Bars(progress))
+    library, plan, on = about["library"], about["plan"], about["built_on"]
+    where = on["name"] if on else "no GPU here"
+    text = f"rebuilt: {library['name']} {library['version']}, {plan['bytes'] / 1e6:.1f} MB, {where}"
+    out.print(escape(text), soft_wrap=True)
+    out.print("[yellow]not measured: the verdict in its manifest is the former engine's[/]")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
