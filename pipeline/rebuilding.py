@@ -67,7 +67,7 @@ def rebuild(folder: Path, *, track: Track = silent) -> dict[str, Any]:
 
 def _settings(before: dict[str, Any]) -> tensorrt.Settings:
     """Return how it was built, but for the GPU that is here, if that is another."""
-    settings = tensorrt.Settings(**before["settings"])
+    settings = tensorrt.Settings(**before["settings"], library=before["library"]["name"])
     capabilities, here = tuple(settings.compute_capabilities), tensorrt.gpu()
     if capabilities and here is not None and float(here.compute_capability) not in capabilities:
         capabilities = (float(here.compute_capability),)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
@@ -14,8 +15,8 @@ from exporters import ExportError, NotHere
 from exporters.onnx.graph import data_file
 from exporters.onnx.session import inputs_of
 from exporters.tensorrt import precisions
-from exporters.tensorrt.engine import ENGINE, PLAN, SCHEMA, layers, runs_here
-from exporters.tensorrt.library import FULL, RTX, gpu, library, logger
+from exporters.tensorrt.engine import ENGINE, PLAN, SCHEMA, invalid, layers, runs_here
+from exporters.tensorrt.library import FULL, RTX, Gpu, gpu, library, logger
 from exporters.tensorrt.progress import Track, built, silent
 
 Shapes = Mapping[str, Mapping[str, list[int]]]
@@ -33,13 +34,15 @@ class Settings:
     `timing_cache`: a file with the times of kernels, read if it is there and written. TensorRT
     alone has one. `version_compatible`: the engine runs with later versions of TensorRT, too, of
     the same major one. `compute_capabilities`: the GPUs that TensorRT for RTX builds for; all that
-    it supports by default, if none are named.
+    it supports by default, if none are named. `library`: `tensorrt` or `tensorrt_rtx`; the one that
+    has what is asked for, if none is named, of both TensorRT where there is a GPU.
     """
 
     workspace_bytes: int | None = None
     timing_cache: str | None = None
     version_compatible: bool = False
     compute_capabilities: tuple[float, ...] = ()
+    library: str | None = None
 
 
 def available(settings: Settings) -> ModuleType:
@@ -51,34 +54,32 @@ def available(settings: Settings) -> ModuleType:
             GPU that is named.
     """
     here = gpu()
+    name = settings.library or _chosen(settings, here)
+    if name == FULL and here is None:
+        raise NotHere(
+            "tensorrt: found no CUDA device, expected one: TensorRT builds on the GPU that will run"
+            " the engine. TensorRT for RTX builds without, but has no version_compatible and no"
+            " timing_cache"
+        )
+    trt = library(name)
     if settings.compute_capabilities:
-        trt = library(RTX)
-        known = {
-            name.removeprefix("SM"): f"{name[2:-1]}.{name[-1]}"
-            for name in trt.ComputeCapability.__members__
-            if name.startswith("SM")
-        }
-        unknown = [f"{c:.1f}" for c in settings.compute_capabilities if _digits(c) not in known]
+        members = [m for m in trt.ComputeCapability.__members__ if m.startswith("SM")]
+        unknown = [f"{c:.1f}" for c in settings.compute_capabilities if _member(c) not in members]
         if unknown:
+            known = ", ".join(f"{member[2:-1]}.{member[-1]}" for member in members)
             raise NotHere(
-                f"compute_capabilities: found {', '.join(unknown)}, expected some of"
-                f" {', '.join(known.values())}, those of TensorRT for RTX {trt.__version__}"
+                f"compute_capabilities: found {', '.join(unknown)}, expected some of {known}, those"
+                f" of TensorRT for RTX {trt.__version__}"
             )
-        return trt
+    return trt
+
+
+def _chosen(settings: Settings, here: Gpu | None) -> str:
+    if settings.compute_capabilities:
+        return RTX
     if settings.version_compatible or settings.timing_cache:
-        if here is None:
-            raise NotHere(
-                "version_compatible and timing_cache: found no CUDA device, expected one; these are"
-                " settings of TensorRT, which builds on the GPU that will run the engine. Leave"
-                " them out, and TensorRT for RTX builds without a GPU"
-            )
-        return library(FULL)
-    if here is None:
-        return library(RTX)
-    try:
-        return library(FULL)
-    except ImportError:
-        return library(RTX)
+        return FULL
+    return FULL if here is not None and find_spec(FULL) is not None else RTX
 
 
 def profile(path: Path, axes: Mapping[str, tuple[int, int, int]]) -> Shapes:
@@ -154,13 +155,15 @@ def build(
         "outputs": _tensors(network.get_output, network.num_outputs),
         "profile": {name: dict(limits) for name, limits in shapes.items()},
         "built_on": asdict(here) if here else None,
-        # A path of the machine that builds is no property of what is built.
-        "settings": {k: v for k, v in asdict(settings).items() if k != "timing_cache"},
+        "settings": {
+            "workspace_bytes": settings.workspace_bytes,
+            "version_compatible": settings.version_compatible,
+            "compute_capabilities": list(settings.compute_capabilities),
+        },
         "precisions": {"asked": precisions.asked(path), "found": None},
     }
-    about["settings"]["compute_capabilities"] = list(settings.compute_capabilities)
-    if here is not None and runs_here(about, here):
-        about["precisions"]["found"] = _audited(trt, about, folder)
+    if here is not None and runs_here(about, here) and not invalid(trt, memoryview(plan)):
+        about["precisions"]["found"] = _audited(trt, about, memoryview(plan))
     (folder / ENGINE).write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
     return about
 
@@ -196,7 +199,7 @@ def _configure(trt: Any, builder: Any, shapes: Shapes, settings: Settings) -> An
     if settings.compute_capabilities:
         config.num_compute_capabilities = len(settings.compute_capabilities)
         for at, capability in enumerate(settings.compute_capabilities):
-            kind = getattr(trt.ComputeCapability, f"SM{_digits(capability)}")
+            kind = getattr(trt.ComputeCapability, _member(capability))
             config.set_compute_capability(kind, at)
     return config
 
@@ -214,13 +217,13 @@ def _timing_cache(config: Any, path: str | None) -> Any:
     return cache
 
 
-def _audited(trt: Any, about: Mapping[str, Any], folder: Path) -> dict[str, int] | None:
+def _audited(trt: Any, about: Mapping[str, Any], plan: memoryview) -> dict[str, int] | None:
     """Return the precisions of the engine's layers, which are those of the graph.
 
     TensorRT for RTX compiles its kernels when an engine first runs; if it tells no types before
     that, there are none to compare.
     """
-    text = layers(trt, about, (folder / PLAN).read_bytes())
+    text = layers(trt, about, plan)
     found = precisions.found(text)
     if not found and trt.__name__ == RTX:
         return None
@@ -239,8 +242,9 @@ def _torch_name(dtype: Any) -> str:
     return names.get(dtype.name, dtype.name.lower())
 
 
-def _digits(capability: float) -> str:
-    return f"{capability:.1f}".replace(".", "")
+def _member(capability: float) -> str:
+    """Return what TensorRT for RTX calls a compute capability."""
+    return f"SM{capability:.1f}".replace(".", "")
 
 
 def _hash(path: Path) -> str:

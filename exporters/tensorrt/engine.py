@@ -23,6 +23,7 @@ SCHEMA: Final = 1
 KEYS: Final = {"library", "plan", "onnx", "inputs", "outputs", "profile", "built_on", "settings"}
 
 Arrays = Mapping[str, NDArray[Any]]
+Buffer = bytes | memoryview
 
 
 def described(folder: Path) -> dict[str, Any]:
@@ -69,6 +70,11 @@ def check(folder: Path) -> tuple[dict[str, Any], bytes]:
         raise NotHere(f"{folder}: found no CUDA device, expected one; engines run on NVIDIA GPUs")
     if not runs_here(about, here):
         raise _foreign(folder, f"{here.name} ({here.compute_capability})", _built_for(about))
+    if reason := invalid(trt, plan):
+        raise NotHere(
+            f"{folder}: {name} says that the engine cannot run on {here.name}"
+            f" ({here.compute_capability}): {reason}; run `secateur rebuild {folder}`"
+        )
     return about, plan
 
 
@@ -117,19 +123,25 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Any:
     return _predictor(library(about["library"]["name"]), about, plan, folder)
 
 
-def _deserialised(trt: Any, about: Mapping[str, Any], plan: bytes, where: Path | str) -> Any:
+def invalid(trt: Any, plan: Buffer) -> str:
+    """Return why the library says that a plan cannot run here, or nothing.
+
+    TensorRT for RTX alone tells, by the plan's header; its list of GPUs has gaps (9.0).
+    """
+    runtime = trt.Runtime(logger(trt))
+    if not hasattr(runtime, "get_engine_validity"):
+        return ""
+    validity, reasons = runtime.get_engine_validity(plan)
+    if validity != trt.EngineValidity.INVALID:
+        return ""
+    members = trt.EngineInvalidityDiagnostics.__members__
+    return ", ".join(m for m, bit in members.items() if int(reasons) & int(bit)) or "unknown"
+
+
+def _deserialised(trt: Any, about: Mapping[str, Any], plan: Buffer, where: Path | str) -> Any:
     """Return the engine of a plan whose sha256 was compared, and its runtime: both must live on."""
     log = logger(trt)
     runtime = trt.Runtime(log)
-    if hasattr(runtime, "get_engine_validity"):  # TensorRT for RTX
-        validity, reasons = runtime.get_engine_validity(plan)
-        if validity == trt.EngineValidity.INVALID:
-            members = trt.EngineInvalidityDiagnostics.__members__
-            why = [name for name, member in members.items() if int(reasons) & int(member)]
-            raise NotHere(
-                f"{where}: {trt.__name__} says that the engine cannot run here"
-                f" ({', '.join(why) or 'no reason given'}); run `secateur rebuild {where}`"
-            )
     if about["settings"]["version_compatible"]:
         runtime.engine_host_code_allowed = True  # such a plan brings a runtime along
     engine = runtime.deserialize_cuda_engine(plan)
@@ -138,7 +150,7 @@ def _deserialised(trt: Any, about: Mapping[str, Any], plan: bytes, where: Path |
     return engine, runtime
 
 
-def layers(trt: Any, about: Mapping[str, Any], plan: bytes) -> str:
+def layers(trt: Any, about: Mapping[str, Any], plan: Buffer) -> str:
     """Return what an engine says of its layers, as JSON."""
     engine, _runtime = _deserialised(trt, about, plan, "engine")
     inspector = engine.create_engine_inspector()
@@ -150,11 +162,12 @@ def _predictor(trt: Any, about: Mapping[str, Any], plan: bytes, folder: Path) ->
 
     engine, runtime = _deserialised(trt, about, plan, folder)
     context = engine.create_execution_context()
+    held = engine, runtime
     stream = torch.cuda.Stream()
     inputs, outputs = about["inputs"], about["outputs"]
 
     def predict(arrays: Arrays) -> dict[str, NDArray[Any]]:
-        assert runtime is not None  # it must outlive the engine
+        assert held  # both must outlive the context
         refuse_shapes(about, arrays)
         with torch.cuda.stream(stream):
             buffers = {

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Final
 
-from exporters import MissingDependency
+from exporters import ExportError, MissingDependency
 
 FULL, RTX = "tensorrt", "tensorrt_rtx"
 EXTRAS: Final = {FULL: "tensorrt", RTX: "tensorrt-rtx"}
@@ -38,8 +38,11 @@ def library(name: str) -> ModuleType:
     """Return the module of a library.
 
     Raises:
+        ExportError: it is none of the two.
         MissingDependency: it is not installed.
     """
+    if name not in EXTRAS:
+        raise ExportError(f"engine: found the library {name!r}, expected one of {sorted(EXTRAS)}")
     try:
         return import_module(name)
     except ImportError as error:

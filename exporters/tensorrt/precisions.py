@@ -8,7 +8,7 @@ product is the narrowest type of what it reads, of a weight the type that it is 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from onnx import NodeProto, TensorProto
 from exporters import ExportError
 
 WIDTHS: Final = {"int4": 4, "int8": 8, "fp8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
-"""Precision -> bits of a number; the first of two alike is the one that is told."""
+"""Precision -> bits of a number."""
 PRODUCTS: Final = frozenset({"MatMul", "Gemm", "Conv"})
 ALONG: Final = frozenset({"Transpose", "Reshape"})
 """What a constant may go through between where it is dequantized and where it is read."""
@@ -40,7 +40,7 @@ WRITTEN: Final = {
     "fp16": r"\bfp16\b|\bhalf\b|\bfloat16\b",
     "fp32": r"\bfp32\b|\bfloat\b|\bfloat32\b",
 }
-HEAVY: Final = re.compile(r"gemm|matmul|matrix_?multiply|conv|mha|attention", re.IGNORECASE)
+HEAVY: Final = re.compile(r"gemm|matmul|matrix_?multiply|conv(?!ert)|mha|attention", re.IGNORECASE)
 
 
 def asked(path: Path) -> dict[str, int]:
@@ -75,10 +75,10 @@ def found(text: str) -> dict[str, int]:
     Args:
         text: what an engine's inspector says, as JSON, in detail. Each of its `Layers` has
             `LayerType` and `TacticName`, and lists `Inputs` and `Outputs` with a `Format/Datatype`
-            (TensorRT 10) or a `Format` and a `Datatype` (TensorRT 11); layers that have weights
-            have `Weights` with a `Type`.
+            (TensorRT 10), which TensorRT 11 splits in two; layers that have weights may have
+            `Weights` with a `Type`.
             https://docs.nvidia.com/deeplearning/tensorrt/10.16.1/inference-library/engine-tools.html
-            https://docs.nvidia.com/deeplearning/tensorrt/11.0.0/api/migration/tensorrt-10x-to-11x-IEngineInspector.html
+            https://docs.nvidia.com/deeplearning/tensorrt/11.0.0/api/migration/tensorrt-10x-to-11x.html
     """
     kinds = Counter(kind for layer in _heavy(text) if (kind := _narrowest(_types(layer))))
     return dict(sorted(kinds.items()))
@@ -129,9 +129,10 @@ def _heavy(text: str) -> list[Mapping[str, Any]]:
 def _types(layer: Mapping[str, Any]) -> Iterator[str]:
     """Yield the types of a layer's inputs and weights."""
     written = [
-        str(tensor.get(key, ""))
+        str(value)
         for tensor in layer.get("Inputs", [])
-        for key in ("Format/Datatype", "Datatype", "DataType")
+        for key, value in tensor.items()
+        if key.lower().endswith("datatype")
     ]
     weights = layer.get("Weights")
     if isinstance(weights, Mapping):
@@ -143,7 +144,7 @@ def _types(layer: Mapping[str, Any]) -> Iterator[str]:
                 break
 
 
-def _narrowest(kinds: Iterator[str]) -> str | None:
+def _narrowest(kinds: Iterable[str]) -> str | None:
     return min(kinds, key=lambda kind: WIDTHS[kind], default=None)
 
 
