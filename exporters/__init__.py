@@ -16,6 +16,10 @@ class MissingDependency(ImportError):
     """What a format needs is not installed."""
 
 
+class NotHere(RuntimeError):
+    """The GPU, or the version of a library, that an engine needs is not here."""
+
+
 def formats() -> list[str]:
     """Return the names of the formats there are."""
     return sorted(module.name for module in iter_modules(__path__))

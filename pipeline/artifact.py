@@ -26,8 +26,9 @@ from benchmarks.worker import Predictor
 from exporters import ExportError, onnx
 from exporters.onnx import triton
 from exporters.onnx.session import CONFIG, PROVIDERS
-from pipeline import card, checkpoint, infer
+from pipeline import card, infer
 from pipeline.manifest import MANIFEST
+from pipeline.openers import opener
 from pipeline.work import Artifact, Work
 
 ROWS: Final = 4
@@ -54,12 +55,10 @@ def write(folder: Path, work: Work, last: Artifact, report: Mapping[str, Any]) -
     """
     shutil.copytree(last.entry.folder, folder, dirs_exist_ok=True)
     (folder / MANIFEST).unlink()  # the artifact gets its own
-    exported = last.format != "torch"
-    tolerance = _record(folder, work, exported=exported)
-    settings = _settings(work, exported=exported) | {"tolerance": tolerance}
+    settings = _settings(work) | {"tolerance": _record(folder, work)}
     text = json.dumps(settings, indent=1, ensure_ascii=False)
     (folder / infer.SETTINGS).write_text(text, encoding="utf-8")
-    if exported:
+    if "session" in settings:
         _deploy(folder, work, settings)
     (folder / "README.md").write_text(card.card(report, name(work), settings), encoding="utf-8")
 
@@ -94,7 +93,7 @@ def _deploy(folder: Path, work: Work, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _settings(work: Work, *, exported: bool) -> dict[str, Any]:
+def _settings(work: Work) -> dict[str, Any]:
     target = work.recipe.target
     settings: dict[str, Any] = {
         "task": work.recipe.task.kind,
@@ -109,27 +108,22 @@ def _settings(work: Work, *, exported: bool) -> dict[str, Any]:
         end = getattr(work.config, "eos_token_id", None)
         end = [end] if isinstance(end, int) else list(end or [])
         settings |= {"begin": getattr(work.processor, "bos_token_id", None), "end": end}
-    if exported:
+    if target.runtime == "onnxruntime":
         settings |= {"providers": [PROVIDERS[target.device]], "session": dict(CONFIG)}
     return settings
 
 
-def _record(folder: Path, work: Work, *, exported: bool) -> float:
+def _record(folder: Path, work: Work) -> float:
     """Write inputs with the outputs for them, and return how far others may be from these.
 
     That is some times the difference between ONNX Runtime's graph as it is and as it optimizes it:
     int8 rounds otherwise in each, as it does on another CPU.
     """
-    device, threads = work.recipe.target.device, work.threads
-    inputs = _inputs(work)
-    predict: Predictor
-    if exported:
-        predict = onnx.open_predictor(folder, device=device, threads=threads)
-        plain = onnx.open_predictor(folder, device=device, threads=threads, optimize=False)
-        outputs, others = _outputs(predict, inputs), _outputs(plain, inputs)
-    else:
-        predict = checkpoint.open_predictor(folder, device=device, threads=threads)
-        outputs = others = _outputs(predict, inputs)
+    target, inputs = work.recipe.target, _inputs(work)
+    options: dict[str, Any] = {"device": target.device, "threads": work.threads}
+    outputs = others = _outputs(opener(target.runtime)(folder, **options), inputs)
+    if target.runtime == "onnxruntime":
+        others = _outputs(onnx.open_predictor(folder, **options, optimize=False), inputs)
     recorded = {f"input.{key}": array for key, array in inputs.items()}
     recorded |= {f"output.{key}": array for key, array in outputs.items()}
     np.savez(folder / infer.GOLDEN, allow_pickle=False, **recorded)

@@ -41,14 +41,16 @@ def card(report: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> s
     about = ModelCardData(
         base_model=None if here else source,
         eval_results=[result],
-        library_name="onnx" if "session" in settings else "transformers",
+        library_name="transformers" if settings["runtime"] == "torch" else "onnx",
         model_name=name,
         pipeline_tag=task,
         tags=["secateur", *sorted({step["step"] for step in recipe["steps"]})],
     )
     steps = "\n".join(f"1. {_step(step)}" for step in recipe["steps"])
     checks = "\n".join(f"- {check_line(check)}" for check in report["verdict"]["checks"])
-    use = _ONNX if "session" in settings else _TORCH
+    use = _USES[settings["runtime"]]
+    if last["format"] == "tensorrt" and settings["runtime"] != "tensorrt":
+        use += f"The engine was built ahead of time, and not run. {_TENSORRT}"
     return f"""---
 {about.to_yaml()}
 ---
@@ -93,7 +95,7 @@ def _step(step: Mapping[str, Any]) -> str:
     return f"{step['step']}: {settings}" if settings else step["step"]
 
 
-_ONNX: Final = """    pip install onnxruntime tokenizers numpy
+_ONNX = """    pip install onnxruntime tokenizers numpy
     python infer.py "a text"
     python infer.py --golden     the recorded inputs, beside the outputs that they gave
 
@@ -102,8 +104,21 @@ For NVIDIA's Triton Inference Server: `tritonserver --model-repository triton`.
 
 """
 
-_TORCH: Final = """    from pipeline import from_pretrained  # of secateur: it opens what was cut
+_TORCH = """    from pipeline import from_pretrained  # of secateur: it opens what was cut
 
     model = from_pretrained(".")
 
 """
+
+_TENSORRT = """`tensorrt/model.plan` is for the GPUs and the version of TensorRT that
+`tensorrt/engine.json` names, built from `onnx/model.onnx`. For another one, make it again:
+
+    secateur rebuild .
+
+"""
+
+_USES: Final[Mapping[str, str]] = {
+    "onnxruntime": _ONNX,
+    "tensorrt": _TENSORRT,
+    "torch": _TORCH,
+}

@@ -105,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("folder", type=Path, metavar="FOLDER")
     verify.set_defaults(command=_verify)
+    rebuild = commands.add_parser(
+        "rebuild", help="make the TensorRT engine of an artifact again, on this machine"
+    )
+    rebuild.add_argument("folder", type=Path, metavar="FOLDER")
+    rebuild.set_defaults(command=_rebuild)
     doctor = commands.add_parser("doctor", help="what this machine can run")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -117,7 +122,7 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
     from benchmarks.data import DataError
     from benchmarks.machine import Unavailable
     from benchmarks.worker import WorkerError
-    from exporters import ExportError, MissingDependency
+    from exporters import ExportError, MissingDependency, NotHere
     from pipeline.checkpoint import ModelError
     from pipeline.finetuning import TrainingError
     from pipeline.gate import EvidenceError
@@ -125,7 +130,7 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
     from pipeline.recipe import RecipeError
 
     wrong = (RecipeError, DataError, ModelError, EvidenceError)
-    unavailable = (Unavailable, MissingDependency)
+    unavailable = (Unavailable, MissingDependency, NotHere)
     failed = (
         WorkerError,
         TrainingError,
@@ -336,7 +341,7 @@ def _left(count: tuple[int, int] | None) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from exporters import ExportError, MissingDependency
+    from exporters import ExportError, MissingDependency, NotHere
     from pipeline.manifest import Damaged
     from pipeline.verification import verify
 
@@ -344,7 +349,7 @@ def _verify(options: argparse.Namespace) -> int:
         found = verify(options.folder)
     except Damaged as error:
         return _say(WRONG, error)
-    except MissingDependency as error:
+    except (MissingDependency, NotHere) as error:
         return _say(UNAVAILABLE, error)
     except ExportError as error:
         return _say(FAILED, error)
@@ -354,6 +359,19 @@ def _verify(options: argparse.Namespace) -> int:
         f" (at most {found.tolerance:.1e}); released as: {found.outcome}",
         soft_wrap=True,
     )
+    return 0
+
+
+def _rebuild(options: argparse.Namespace) -> int:
+    from pipeline.rebuilding import rebuild
+
+    with _progress() as progress:
+        about = rebuild(options.folder, track=_Bars(progress))
+    library, plan, on = about["library"], about["plan"], about["built_on"]
+    where = on["name"] if on else "no GPU here"
+    text = f"rebuilt: {library['name']} {library['version']}, {plan['bytes'] / 1e6:.1f} MB, {where}"
+    out.print(escape(text), soft_wrap=True)
+    out.print("[yellow]not measured: the verdict in its manifest is the former engine's[/]")
     return 0
 
 

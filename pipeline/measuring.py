@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +17,9 @@ from benchmarks import machine, speed
 from benchmarks.accuracy import Outcomes, Track, evaluate
 from benchmarks.tasks import Arrays, Example, Task
 from benchmarks.worker import Worker
+from exporters import tensorrt
+from pipeline.openers import OPENERS
 from pipeline.store import Store
-
-OPENERS: Final[Mapping[str, str]] = {
-    "torch": "pipeline.checkpoint:open_predictor",
-    "onnxruntime": "exporters.onnx:open_predictor",
-}
-"""What opens an artifact's folder in a runtime; see benchmarks.worker."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +145,15 @@ def _tokens(tokens: Any, window: Arrays, batch: int, length: int) -> Arrays:
 
 
 def open_worker(bench: Bench, folder: Path) -> Worker:
-    """Return a fresh process with the artifact of a folder open in the target's runtime."""
+    """Return a fresh process with the artifact of a folder open in the target's runtime.
+
+    Raises:
+        NotHere: the artifact is an engine, and for another GPU or version.
+    """
     target = bench.target
     opener = OPENERS[target.runtime]
+    if target.runtime == "tensorrt":
+        tensorrt.check(folder)  # here it is said what is missing; a worker could only fail
     return Worker(opener, folder, device=target.device, threads=target.threads)
 
 

@@ -5,6 +5,7 @@ quantize nothing and say nothing. Nodes that read constant matrices are named af
 (see `exporters.onnx.graph`), so that those to leave alone can be named.
 """
 
+import copy
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporters.onnx.graph import EXTERNAL_BYTES, quiet, store
 from exporters.onnx.session import Arrays, feeder, inputs_of, runtime
@@ -32,6 +34,7 @@ KEPT_FP32: Final = (
     "Reciprocal",
 )
 """What computes norms and softmax, in fp32 whatever the rest is in."""
+BF16_LARGEST: Final = (2 - 2.0**-7) * 2.0**127
 
 
 class QuantizationError(RuntimeError):
@@ -158,6 +161,45 @@ def fewer_bits(graph: ModelProto, target: Path, options: Options, *, bits: int) 
 
 def fp16(graph: ModelProto, target: Path, options: Options) -> None:
     """Write the graph in fp16, but for norms and softmax; inputs and outputs stay as they were."""
+    store(_halved(graph, options), target)
+
+
+def bf16(graph: ModelProto, target: Path, options: Options) -> None:
+    """Write the graph in bf16, but for norms and softmax; inputs and outputs stay as they were.
+
+    What is bf16 is what would be fp16, but made of the fp32 weights: fp16 has not their range.
+    """
+    wide = {name: copy.deepcopy(tensor) for name, tensor in _tensors(graph).items()}
+    halved = _halved(graph, options)
+    for name, tensor in _tensors(halved).items():
+        if tensor.data_type == TensorProto.FLOAT16:
+            tensor.CopyFrom(_rounded(wide.get(name, tensor), tensor.name))
+    for node in halved.graph.node:
+        for attribute in node.attribute:
+            if attribute.name in {"to", "dtype"} and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.BFLOAT16
+    store(halved, target)
+
+
+def _tensors(graph: ModelProto) -> dict[str, TensorProto]:
+    """Return what is constant in a graph, by the name of the value that it gives."""
+    found = {initializer.name: initializer for initializer in graph.graph.initializer}
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                found[node.output[0]] = attribute.t
+    return found
+
+
+def _rounded(tensor: TensorProto, name: str) -> TensorProto:
+    """Return a tensor in bf16; what is beyond its range becomes its largest number."""
+    kind = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
+    array = numpy_helper.to_array(tensor).astype(np.float32).clip(-BF16_LARGEST, BF16_LARGEST)
+    return numpy_helper.from_array(array.astype(kind), name)
+
+
+def _halved(graph: ModelProto, options: Options) -> ModelProto:
+    """Return the graph in fp16, but for norms and softmax."""
     from onnxruntime.transformers.float16 import (
         DEFAULT_OP_BLOCK_LIST,
         convert_float_to_float16,
@@ -183,7 +225,8 @@ def fp16(graph: ModelProto, target: Path, options: Options) -> None:
     OnnxModel(converted).topological_sort()  # the library puts its casts last
     _keep_wide(converted.graph.node)
     replace(converted, list(converted.graph.node))
-    store(converted, target)
+    del converted.graph.value_info[:]  # not all of it is true any more
+    return converted
 
 
 @dataclass(frozen=True)
@@ -192,7 +235,7 @@ class Method:
 
     `calibrated`: it needs data. `integer`: products are those of 8-bit integers, which may
     overflow. `whole`: it changes all of a graph, embedding tables too, which may have standard
-    operators alone.
+    operators alone. `on_cpu`: ONNX Runtime runs what it writes on the CPU.
     """
 
     quantize: Callable[[ModelProto, Path, Options], None]
@@ -200,9 +243,11 @@ class Method:
     calibrated: bool = False
     integer: bool = False
     whole: bool = False
+    on_cpu: bool = True
 
 
 METHODS: Final[Mapping[str, Method]] = {
+    "bf16": Method(bf16, frozenset(), whole=True, on_cpu=False),
     "fp16": Method(fp16, frozenset(), whole=True),
     "int4-weights": Method(
         partial(fewer_bits, bits=4),

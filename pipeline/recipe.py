@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
+from pipeline.quantization import METHODS
 from pipeline.settings import (
     STEPS,
     Export,
@@ -105,7 +106,7 @@ class Target(Strict):
     """Where the artifact will run, and how it is measured there."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    runtime: Literal["onnxruntime", "torch"] = "onnxruntime"
+    runtime: Literal["onnxruntime", "tensorrt", "torch"] = "onnxruntime"
     threads: int | None = Field(default=None, ge=1)
     """All usable cores unless given."""
     loads: tuple[Load, ...] = Field(default=(Load(batch=1), Load(batch=8)), min_length=1)
@@ -206,8 +207,10 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
                     )
                 yield from _missing_data(recipe, step, where)
             case Quantize():
-                yield from _quantize_mistakes(step, exported, where)
+                yield from _quantize_mistakes(recipe, step, exported, where)
                 yield from _missing_data(recipe, step, where)
+            case Export(format="tensorrt"):
+                yield from _engine_mistakes(recipe, index, exported, where)
         training, at = trained(step), "" if isinstance(step, Finetune) else ".finetune"
         if training is not None and training.teacher not in (None, *earlier):
             yield f"{where}{at}.teacher: {unknown(str(training.teacher), earlier)}"
@@ -216,15 +219,69 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
             yield f"{where}.goal.load: found {step.goal.load}, expected less than {loads}"
         if isinstance(step, Quantize | Export):
             exported = name if exported is None or step.step == "quantize" else exported
-            if recipe.target.runtime == "torch":
-                yield f"{where}: {step.step} gives ONNX, expected target.runtime: onnxruntime"
         earlier.append(name)
+    yield from _runtime_mistakes(recipe)
     if recipe.baseline not in earlier[:-1]:
         yield f"baseline: {unknown(recipe.baseline, earlier[:-1])}"
     yield from _budget_mistakes(recipe)
 
 
-def _quantize_mistakes(step: Quantize, exported: str | None, where: str) -> Iterator[str]:
+def _engine_mistakes(recipe: Recipe, index: int, exported: str | None, where: str) -> Iterator[str]:
+    """Yield why no engine can be built of what the steps before give."""
+    if TASKS[recipe.task.kind].auto_class == "AutoModelForCausalLM":
+        yield (
+            f"{where}: {recipe.task.kind} gives a graph with a key-value cache, which the profiles"
+            " of an engine cannot hold here; expected format: onnx"
+        )
+    if exported and exported.startswith("export"):
+        yield (
+            f"{where}: an engine starts from a graph of standard operators, found one that"
+            f" {exported} fused for ONNX Runtime; leave that step out"
+        )
+    for at, step in enumerate(recipe.steps[:index]):
+        if isinstance(step, Quantize) and step.onnxruntime_alone:
+            yield f"{where}: TensorRT cannot read steps.{at}: found {step.onnxruntime_alone}"
+    if index + 1 < len(recipe.steps):
+        yield (
+            f"{where}: nothing starts from an engine, found {recipe.steps[index + 1].step} after"
+            " it; move it before"
+        )
+
+
+def _runtime_mistakes(recipe: Recipe) -> Iterator[str]:
+    """Yield what the runtime that measures cannot run."""
+    target, last = recipe.target, recipe.steps[-1]
+    for index, step in enumerate(recipe.steps):
+        if target.runtime == "torch" and isinstance(step, Quantize | Export):
+            yield f"steps.{index}: {step.step} gives ONNX, expected target.runtime: onnxruntime"
+        goal = step.goal if isinstance(step, Prune) else None
+        if target.runtime == "tensorrt" and goal and (goal.speedup or goal.latency_ms):
+            yield (
+                f"steps.{index}.goal: found a goal of time, which would need an engine of every"
+                " width that is tried; expected multiply_adds or parameters"
+            )
+    if target.runtime == "tensorrt" and target.device != "cuda":
+        yield (
+            f"target.device: found {target.device}, expected cuda, where engines run; with"
+            " runtime: onnxruntime the engine is built, and the graph it is built from is measured"
+        )
+    if target.runtime == "tensorrt" and not (
+        isinstance(last, Export) and last.format == "tensorrt"
+    ):
+        yield "target.runtime: found tensorrt, expected `export` with format: tensorrt as last step"
+
+
+def _quantize_mistakes(
+    recipe: Recipe, step: Quantize, exported: str | None, where: str
+) -> Iterator[str]:
+    on_cpu = METHODS[step.method].on_cpu
+    if not on_cpu and recipe.target.device == "cpu":
+        yield (
+            f"{where}: ONNX Runtime has no {step.method} products on the CPU, where this would be"
+            " measured; expected target.device: cuda, or method: fp16"
+        )
+    if not on_cpu and step.allowed is not None:
+        yield f"{where}: its limit is measured on the CPU, expected none with {step.method}"
     if exported and exported.startswith("quantize"):
         yield f"{where}: the model is quantized already by {exported}; keep one of them"
     elif exported and step.standard:

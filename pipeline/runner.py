@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
-from exporters import onnx
+from exporters import onnx, tensorrt
 from pipeline import artifact, gate, processes, schedules, sources, steps
 from pipeline.page import page
 from pipeline.recipe import Recipe
@@ -51,7 +51,7 @@ def run(
         RecipeError: the recipe is wrong.
         DataError: the data are not what the recipe says.
         ModelError: the model is missing, damaged, or not fit for the task.
-        Unavailable, MissingDependency: this machine lacks the target or a package.
+        Unavailable, NotHere, MissingDependency: this machine lacks the target or a package.
         WorkerError, TrainingError, ExportError, QuantizationError, OSError: a stage failed.
     """
     if output is None:
@@ -97,6 +97,7 @@ def run(
             "source": sources.identity(work.source, recipe.model.revision),
             "machine": report.machine,
             "verdict": asdict(verdict),
+            "measured": measured.stages[-1].details.get("measured"),  # if it is not all of this
         }
         content = json.loads(report.to_json())
         publish(
@@ -120,7 +121,7 @@ def check(recipe: Recipe, *, track: Track = silent) -> dict[str, int]:
     Raises:
         DataError: the data are not what the recipe says.
         ModelError: the model is missing, or not fit for the task.
-        Unavailable, MissingDependency: this machine lacks the target or a package.
+        Unavailable, NotHere, MissingDependency: this machine lacks the target or a package.
     """
     check_target(recipe)
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
@@ -133,9 +134,14 @@ def check_target(recipe: Recipe) -> None:
 
     Raises:
         Unavailable: no CUDA device where one is asked for.
-        MissingDependency: onnxruntime is asked for and not installed.
+        MissingDependency: onnxruntime or TensorRT is asked for and not installed.
+        NotHere: TensorRT cannot build on this machine what is asked for.
     """
     target = recipe.target
+    for step in recipe.steps:
+        if isinstance(step, Export) and step.format == "tensorrt":
+            settings = step.model_dump(exclude={"step", "format"})
+            tensorrt.available(tensorrt.Settings(**settings))
     if target.runtime == "onnxruntime":
         providers = onnx.runtime().get_available_providers()
         if target.device == "cuda" and "CUDAExecutionProvider" not in providers:
@@ -153,7 +159,7 @@ def _compress(work: Work) -> list[Artifact]:
     for step, name in zip(work.recipe.steps, work.recipe.stage_names, strict=True):
         before = artifacts[-1]
         described = step.model_dump(mode="json")
-        kind = before.format
+        kind, graph = before.format, None
         match step:
             case Prune():
                 entry = schedules.prune(work, step, before, _teacher(step, artifacts))
@@ -161,9 +167,11 @@ def _compress(work: Work) -> list[Artifact]:
                 entry = schedules.finetune(work, step, before, _teacher(step, artifacts))
             case Quantize():
                 entry, kind = steps.quantize(work, step, before), "onnx"
+            case Export(format="tensorrt"):
+                (entry, graph), kind = steps.engine(work, step, before), "tensorrt"
             case Export():
                 entry, kind = steps.export(work, before), "onnx"
-        artifacts.append(Artifact(name, described, kind, entry))
+        artifacts.append(Artifact(name, described, kind, entry, graph))
     return artifacts
 
 

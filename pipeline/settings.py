@@ -225,6 +225,25 @@ class Quantize(Limited):
         """Whether the graph that is quantized has standard operators alone."""
         return self.portable or METHODS[self.method].whole
 
+    @property
+    def onnxruntime_alone(self) -> str:
+        """Why no engine can be built of what the step writes, and the way that works; or nothing.
+
+        What TensorRT refuses: operators of ONNX Runtime's own, ranges that are found while the
+        graph runs, zero points.
+        """
+        method = METHODS[self.method]
+        if method.whole or (self.portable and self.symmetric is not False):
+            return ""
+        if self.portable:
+            return f"{self.method} with zero points, expected no `symmetric: false`"
+        if "portable" in method.options:
+            return f"{self.method} as ONNX Runtime alone reads it, expected `portable: true`"
+        return (
+            f"{self.method}, which ONNX Runtime alone reads, expected fp16 or bf16, or int8-static,"
+            " int8-weights or int4-weights with `portable: true`"
+        )
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         known = METHODS[self.method].options
@@ -255,6 +274,32 @@ class Export(Strict):
 
     step: Literal["export"]
     format: Annotated[str, one_of(formats())] = "onnx"
+    workspace_bytes: int | None = Field(default=None, ge=1)
+    """An engine's layer may use so much device memory beside its tensors."""
+    timing_cache: str | None = None
+    """A file with the times of kernels: a second build is faster with it. TensorRT's alone."""
+    version_compatible: bool = False
+    """The engine runs with later minor versions of TensorRT, too."""
+    compute_capabilities: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """The GPUs that TensorRT for RTX builds for, such as [8.6, 8.9]; all that it supports unless
+    given."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        given = [
+            name
+            for name in ("workspace_bytes", "timing_cache", "version_compatible")
+            if getattr(self, name)
+        ]
+        given += ["compute_capabilities"] * bool(self.compute_capabilities)
+        if given and self.format != "tensorrt":
+            raise ValueError(f"found {given} with format {self.format}, expected format tensorrt")
+        if self.compute_capabilities and (self.version_compatible or self.timing_cache):
+            raise ValueError(
+                "found `compute_capabilities`, of TensorRT for RTX, and `version_compatible` or"
+                " `timing_cache`, of TensorRT; expected those of one of them"
+            )
+        return self
 
 
 STEPS: Final[Mapping[str, type[BaseModel]]] = {

@@ -14,14 +14,23 @@ import numpy as np
 
 from benchmarks import metrics, speed
 from benchmarks.accuracy import Outcomes, fidelity
-from exporters import onnx
+from exporters import onnx, tensorrt
 from pipeline import measuring, prices, steps
 from pipeline.measuring import Alone, Bench
 from pipeline.report import Load, Score, Stage, shape
+from pipeline.settings import Export
+from pipeline.store import Entry
 from pipeline.work import Artifact, Work
 
 NOTABLE: Final = 0.02
 """The smallest change of a ratio that counts as a gain."""
+
+
+NOT_RUN: Final = (
+    "the engine was built and not run: accuracy, speed and memory are those of the ONNX file that"
+    " it was built from, in ONNX Runtime"
+)
+"""What is said of an engine whose target is not an engine's."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +49,7 @@ class Measured:
 def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
     """Return the stages of a run's artifacts, the baseline first."""
     bench = prices.bench(work)
-    running = [
-        steps.export(work, artifact) if bench.target.runtime == "onnxruntime" else artifact.entry
-        for artifact in artifacts
-    ]
+    running = [_running(work, artifact) for artifact in artifacts]
     found = [measuring.alone(bench, entry.folder, entry.digest) for entry in running]
     together = measuring.together(bench, {entry.digest: entry.folder for entry in running})
     stages: list[Stage] = []
@@ -57,12 +63,28 @@ def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
     return Measured(tuple(stages), found[0].outcomes, found[-1].outcomes, together.pressure)
 
 
+def _running(work: Work, artifact: Artifact) -> Entry:
+    """Return what of an artifact runs in the target's runtime."""
+    match work.recipe.target.runtime:
+        case "onnxruntime":
+            return artifact.graph or steps.export(work, artifact)
+        case "tensorrt" if artifact.graph is None:
+            last = work.recipe.steps[-1]
+            assert isinstance(last, Export)
+            return steps.engine(work, last, artifact)[0]
+        case _:
+            return artifact.entry
+
+
 def _stage(work: Work, artifact: Artifact, alone: Alone, baseline: Outcomes) -> Stage:
     metric = metrics.METRICS[work.metric]
     right = None
     if metric.kind == "binary":
         right = lambda columns: np.asarray(metric.function(columns)) > 0  # noqa: E731
     about = artifact.entry.about
+    details = dict(about["details"])
+    if _not_run(artifact.format, work.recipe.target.runtime):
+        details["measured"] = NOT_RUN
     return Stage(
         name=artifact.name,
         step=artifact.step,
@@ -89,7 +111,7 @@ def _stage(work: Work, artifact: Artifact, alone: Alone, baseline: Outcomes) -> 
         heads=tuple(about["heads"]),
         neurons=tuple(about["neurons"]),
         kept_heads=tuple(tuple(kept) for kept in about["kept_heads"]),
-        details=about["details"],
+        details=details,
     )
 
 
@@ -135,6 +157,8 @@ def _gain_note(before: Stage, stage: Stage) -> str:
         return "the same file as the stage before"
     foreseen = _predicted(stage)
     note = ", ".join(gains) if gains else "no gain in latency, memory or size on this target"
+    if _not_run(stage.format, stage.runtime):
+        note += f"; {NOT_RUN}"
     return note if foreseen is None else f"{note} (predicted: {foreseen:.2f}x faster)"
 
 
@@ -146,7 +170,14 @@ def _predicted(stage: Stage) -> float | None:
     return float(stage.details["dense_cost"] / stage.details["predicted_cost"])
 
 
+def _not_run(artifact_format: str, runtime: str) -> bool:
+    """Return whether what was measured of a stage is not what it made: an engine without a GPU."""
+    return artifact_format == "tensorrt" and runtime != "tensorrt"
+
+
 def _size_bytes(folder: Path) -> int:
-    """Return the bytes of the model's own files: weights, or graph and weights."""
+    """Return the bytes of the model's own files: weights, or graph and weights, or an engine."""
+    if (folder / tensorrt.PLAN).is_file():
+        return (folder / tensorrt.PLAN).stat().st_size
     weights = [*folder.glob("*.safetensors"), *(folder / onnx.MODEL.parent).glob("model.onnx*")]
     return sum(path.stat().st_size for path in weights)

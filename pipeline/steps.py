@@ -7,8 +7,9 @@ file of their own, schedules.py.
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -18,16 +19,16 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from benchmarks import metrics
-from benchmarks.accuracy import Outcomes, evaluate, fidelity, once
+from benchmarks.accuracy import BATCH, Outcomes, evaluate, fidelity, once
 from benchmarks.data import DataError
 from benchmarks.tasks import Arrays, collate
 from benchmarks.worker import InProcess
-from exporters import onnx
+from exporters import onnx, tensorrt
 from pipeline import calibration, checkpoint, mixed, parts, quantization, sources
 from pipeline.checkpoint import ModelError
 from pipeline.manifest import MANIFEST
 from pipeline.recipe import ORIGINAL
-from pipeline.settings import Finetune, Limited, Quantize, trained
+from pipeline.settings import Export, Finetune, Limited, Quantize, trained
 from pipeline.store import Entry
 from pipeline.weight_only import ASYMMETRIC
 from pipeline.work import Artifact, Work
@@ -128,6 +129,51 @@ def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
 
     key = {"input": before.entry.digest, "export": "onnx", "fused_for": fuse_for}
     return work.make("onnx", key, make)
+
+
+def engine(work: Work, step: Export, before: Artifact) -> tuple[Entry, Entry]:
+    """Return the artifact as a TensorRT engine, and the ONNX file that it is built from.
+
+    Its profile holds the target's loads and the batches of the evaluation.
+    """
+    source = export(work, before, standard=True)
+    settings = tensorrt.Settings(**step.model_dump(exclude={"step", "format"}))
+    library, here = tensorrt.available(settings), tensorrt.gpu()
+    axes = _axes(work)
+
+    def make(folder: Path) -> dict[str, Any]:
+        shutil.copytree(source.folder / onnx.MODEL.parent, folder / onnx.MODEL.parent)
+        shapes = tensorrt.profile(folder / onnx.MODEL, axes)
+        start = time.monotonic()
+        about = tensorrt.build(folder / onnx.MODEL, folder, shapes, settings, work.track)
+        build_seconds = time.monotonic() - start
+        _copy_around(source.folder, folder)
+        described = {key: about[key] for key in ("library", "built_on", "profile", "precisions")}
+        return _known(before) | {"details": described | {"build_seconds": build_seconds}}
+
+    key = {
+        "input": source.digest,
+        "export": "tensorrt",
+        "settings": asdict(settings) | {"timing_cache": None},
+        "axes": axes,
+        "library": [library.__name__, library.__version__],
+        "gpu": asdict(here) if here else None,
+    }
+    return work.make("tensorrt", key, make), source
+
+
+def _axes(work: Work) -> dict[str, tuple[int, int, int]]:
+    """Return the least, the usual and the largest size of every dynamic axis.
+
+    Usual is the largest load.
+    """
+    loads = work.recipe.target.loads
+    largest = max(loads, key=lambda load: load.batch * load.sequence)
+    axes = {"batch": (1, largest.batch, max(BATCH, *(load.batch for load in loads)))}
+    if "sequence" in work.task.axes:
+        longest = max(work.recipe.task.max_length, *(load.sequence for load in loads))
+        axes["sequence"] = (1, largest.sequence, longest)
+    return axes
 
 
 def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:

@@ -7,7 +7,6 @@ folder), then what the model gives for the inputs that were recorded when it was
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from benchmarks.machine import usable_cores
 from exporters import MissingDependency
 from pipeline import manifest
 from pipeline.manifest import Damaged
+from pipeline.openers import opener
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def verify(folder: Path) -> Verified:
 
     Raises:
         Damaged: files, graphs or outputs are not those that were released.
-        MissingDependency: what runs the model is not installed.
+        MissingDependency, NotHere: what runs the model is not installed, or not here.
     """
     files, about = manifest.read(folder)
     graphs = [folder / name for name in files if name.endswith(".onnx")]
@@ -91,14 +91,13 @@ def _check(path: Path, folder: Path, files: Mapping[str, Any]) -> None:
 
 def _rerun(folder: Path, settings: Mapping[str, Any]) -> float:
     """Return the largest difference to the recorded outputs."""
-    home = "exporters.onnx" if settings["runtime"] == "onnxruntime" else "pipeline.checkpoint"
     try:
         from pipeline.infer import golden
 
-        opener = import_module(home).open_predictor
+        opened = opener(settings["runtime"])
     except ImportError as error:
         raise MissingDependency(
             f"{error.name}: not installed, expected it to run the recorded inputs"
         ) from error
     threads = min(settings["threads"], usable_cores())
-    return golden(folder, opener(folder, device=settings["device"], threads=threads))
+    return golden(folder, opened(folder, device=settings["device"], threads=threads))

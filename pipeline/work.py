@@ -48,6 +48,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "gate.py",
         "page.py",
         "plots.py",
+        "rebuilding.py",
         "recipe.py",
         "report.py",
         "runner.py",
@@ -63,6 +64,8 @@ class Artifact:
     step: dict[str, Any] | None
     format: str
     entry: Entry
+    graph: Entry | None = None
+    """Of an engine: the ONNX file that it was built from."""
 
 
 class Work:
