@@ -194,26 +194,22 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
     """Yield what cannot work in the order of the steps, with the way that works."""
     earlier: list[str] = [ORIGINAL]
     exported: str | None = None
+    packed: Quantize | None = None
     for index, (step, name) in enumerate(zip(recipe.steps, recipe.stage_names, strict=True)):
         where = f"steps.{index}"
         match step:
             case Prune() | Finetune():
-                if exported:
-                    yield (
-                        f"{where}: {step.step} needs a torch model, found ONNX after {exported};"
-                        " move it before"
-                    )
+                yield from _training_mistakes(step, exported, packed, where)
                 yield from _missing_data(recipe, step, where)
             case Quantize():
-                yield from _quantize_mistakes(step, exported, where)
+                yield from _quantize_mistakes(step, exported, packed, where)
                 yield from _missing_data(recipe, step, where)
-        training, at = trained(step), "" if isinstance(step, Finetune) else ".finetune"
-        if training is not None and training.teacher not in (None, *earlier):
-            yield f"{where}{at}.teacher: {unknown(str(training.teacher), earlier)}"
-        loads = len(recipe.target.loads)
-        if isinstance(step, Prune) and step.goal is not None and step.goal.load >= loads:
-            yield f"{where}.goal.load: found {step.goal.load}, expected less than {loads}"
-        if isinstance(step, Quantize | Export):
+            case Export():
+                yield from _export_mistakes(step, packed, where)
+        yield from _unknown_names(recipe, step, earlier, where)
+        if isinstance(step, Quantize) and step.in_torch:
+            packed = step
+        elif isinstance(step, Quantize | Export):
             exported = name if exported is None or step.step == "quantize" else exported
             if recipe.target.runtime == "torch":
                 yield f"{where}: {step.step} gives ONNX, expected target.runtime: onnxruntime"
@@ -223,13 +219,52 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
     yield from _budget_mistakes(recipe)
 
 
-def _quantize_mistakes(step: Quantize, exported: str | None, where: str) -> Iterator[str]:
-    if exported and exported.startswith("quantize"):
-        yield f"{where}: the model is quantized already by {exported}; keep one of them"
+def _unknown_names(recipe: Recipe, step: Step, earlier: list[str], where: str) -> Iterator[str]:
+    training, at = trained(step), "" if isinstance(step, Finetune) else ".finetune"
+    if training is not None and training.teacher not in (None, *earlier):
+        yield f"{where}{at}.teacher: {unknown(str(training.teacher), earlier)}"
+    loads = len(recipe.target.loads)
+    if isinstance(step, Prune) and step.goal is not None and step.goal.load >= loads:
+        yield f"{where}.goal.load: found {step.goal.load}, expected less than {loads}"
+
+
+def _training_mistakes(
+    step: Prune | Finetune, exported: str | None, packed: Quantize | None, where: str
+) -> Iterator[str]:
+    if exported:
+        yield (
+            f"{where}: {step.step} needs a torch model, found ONNX after {exported}; move it before"
+        )
+    elif packed:
+        yield (
+            f"{where}: {step.step} needs weights in floating point, found those of"
+            f" {packed.method}; move it before"
+        )
+
+
+def _quantize_mistakes(
+    step: Quantize, exported: str | None, packed: Quantize | None, where: str
+) -> Iterator[str]:
+    if packed or (exported and exported.startswith("quantize")):
+        by = packed.method if packed else exported
+        yield f"{where}: the model is quantized already by {by}; keep one of them"
+    elif exported and step.in_torch:
+        yield (
+            f"{where}: {step.method} needs a torch model, found ONNX after {exported}; move it"
+            " before, the codes are carried over"
+        )
     elif exported and step.standard:
         yield (
             f"{where}: {step.method} starts from a graph of standard operators, found one that"
             f" {exported} fused; leave that step out"
+        )
+
+
+def _export_mistakes(step: Export, packed: Quantize | None, where: str) -> Iterator[str]:
+    if step.format == "tensorrt" and packed and packed.method == "bnb-nf4":
+        yield (
+            f"{where}: TensorRT has no nf4: its engine would hold the weights in fp16 or more;"
+            " use bnb-int8 or int4-weights with `portable: true`, or export to onnx"
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters import onnx
-from pipeline import gate, processes, schedules, steps
+from pipeline import bnb, gate, processes, schedules, steps
 from pipeline.page import page
 from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
@@ -125,9 +125,11 @@ def check_target(recipe: Recipe) -> None:
 
     Raises:
         Unavailable: no CUDA device where one is asked for.
-        MissingDependency: onnxruntime is asked for and not installed.
+        MissingDependency: onnxruntime or bitsandbytes is asked for and not installed.
     """
     target = recipe.target
+    if any(isinstance(step, Quantize) and step.in_torch for step in recipe.steps):
+        bnb.library()
     if target.runtime == "onnxruntime":
         providers = onnx.runtime().get_available_providers()
         if target.device == "cuda" and "CUDAExecutionProvider" not in providers:
@@ -151,6 +153,8 @@ def _compress(work: Work) -> list[Artifact]:
                 entry = schedules.prune(work, step, before, _teacher(step, artifacts))
             case Finetune():
                 entry = schedules.finetune(work, step, before, _teacher(step, artifacts))
+            case Quantize() if step.in_torch:
+                entry = steps.quantize_in_torch(work, step, before)
             case Quantize():
                 entry, kind = steps.quantize(work, step, before), "onnx"
             case Export():
