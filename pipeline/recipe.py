@@ -5,29 +5,26 @@ its mistakes are reported together, each with its path in the file. What needs t
 data is checked later, in work.py; an order of steps that cannot work is refused here.
 """
 
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
+from pipeline.mistakes import explain
 from pipeline.quantization import METHODS
 from pipeline.settings import (
-    STEPS,
     Export,
     Finetune,
-    Goal,
     Limited,
     Positive,
     Prune,
     Quantize,
     Step,
     Strict,
-    Training,
     one_of,
     trained,
     unknown,
@@ -189,35 +186,29 @@ class Recipe(Strict):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise RecipeError(explain(path, error)) from None
+            raise RecipeError(explain(path, error, _kinds())) from None
 
 
 def _order_mistakes(recipe: Recipe) -> Iterator[str]:
     """Yield what cannot work in the order of the steps, with the way that works."""
     earlier: list[str] = [ORIGINAL]
     exported: str | None = None
+    packed: Quantize | None = None
     for index, (step, name) in enumerate(zip(recipe.steps, recipe.stage_names, strict=True)):
         where = f"steps.{index}"
         match step:
             case Prune() | Finetune():
-                if exported:
-                    yield (
-                        f"{where}: {step.step} needs a torch model, found ONNX after {exported};"
-                        " move it before"
-                    )
+                yield from _training_mistakes(step, exported, packed, where)
                 yield from _missing_data(recipe, step, where)
             case Quantize():
-                yield from _quantize_mistakes(recipe, step, exported, where)
+                yield from _quantize_mistakes(recipe, step, exported, packed, where)
                 yield from _missing_data(recipe, step, where)
             case Export(format="tensorrt"):
                 yield from _engine_mistakes(recipe, index, exported, where)
-        training, at = trained(step), "" if isinstance(step, Finetune) else ".finetune"
-        if training is not None and training.teacher not in (None, *earlier):
-            yield f"{where}{at}.teacher: {unknown(str(training.teacher), earlier)}"
-        loads = len(recipe.target.loads)
-        if isinstance(step, Prune) and step.goal is not None and step.goal.load >= loads:
-            yield f"{where}.goal.load: found {step.goal.load}, expected less than {loads}"
-        if isinstance(step, Quantize | Export):
+        yield from _unknown_names(recipe, step, earlier, where)
+        if isinstance(step, Quantize) and step.in_torch:
+            packed = step
+        elif isinstance(step, Quantize | Export):
             exported = name if exported is None or step.step == "quantize" else exported
         earlier.append(name)
     yield from _runtime_mistakes(recipe)
@@ -252,7 +243,8 @@ def _runtime_mistakes(recipe: Recipe) -> Iterator[str]:
     """Yield what the runtime that measures cannot run."""
     target, last = recipe.target, recipe.steps[-1]
     for index, step in enumerate(recipe.steps):
-        if target.runtime == "torch" and isinstance(step, Quantize | Export):
+        in_torch = isinstance(step, Quantize) and step.in_torch
+        if target.runtime == "torch" and isinstance(step, Quantize | Export) and not in_torch:
             yield f"steps.{index}: {step.step} gives ONNX, expected target.runtime: onnxruntime"
         goal = step.goal if isinstance(step, Prune) else None
         if target.runtime == "tensorrt" and goal and (goal.speedup or goal.latency_ms):
@@ -271,10 +263,33 @@ def _runtime_mistakes(recipe: Recipe) -> Iterator[str]:
         yield "target.runtime: found tensorrt, expected `export` with format: tensorrt as last step"
 
 
-def _quantize_mistakes(
-    recipe: Recipe, step: Quantize, exported: str | None, where: str
+def _unknown_names(recipe: Recipe, step: Step, earlier: list[str], where: str) -> Iterator[str]:
+    training, at = trained(step), "" if isinstance(step, Finetune) else ".finetune"
+    if training is not None and training.teacher not in (None, *earlier):
+        yield f"{where}{at}.teacher: {unknown(str(training.teacher), earlier)}"
+    loads = len(recipe.target.loads)
+    if isinstance(step, Prune) and step.goal is not None and step.goal.load >= loads:
+        yield f"{where}.goal.load: found {step.goal.load}, expected less than {loads}"
+
+
+def _training_mistakes(
+    step: Prune | Finetune, exported: str | None, packed: Quantize | None, where: str
 ) -> Iterator[str]:
-    on_cpu = METHODS[step.method].on_cpu
+    if exported:
+        yield (
+            f"{where}: {step.step} needs a torch model, found ONNX after {exported}; move it before"
+        )
+    elif packed:
+        yield (
+            f"{where}: {step.step} needs weights in floating point, found those of"
+            f" {packed.method}; move it before"
+        )
+
+
+def _quantize_mistakes(
+    recipe: Recipe, step: Quantize, exported: str | None, packed: Quantize | None, where: str
+) -> Iterator[str]:
+    on_cpu = step.in_torch or METHODS[step.method].on_cpu
     if not on_cpu and recipe.target.device == "cpu":
         yield (
             f"{where}: ONNX Runtime has no {step.method} products on the CPU, where this would be"
@@ -282,8 +297,14 @@ def _quantize_mistakes(
         )
     if not on_cpu and step.allowed is not None:
         yield f"{where}: its limit is measured on the CPU, expected none with {step.method}"
-    if exported and exported.startswith("quantize"):
-        yield f"{where}: the model is quantized already by {exported}; keep one of them"
+    if packed or (exported and exported.startswith("quantize")):
+        by = packed.method if packed else exported
+        yield f"{where}: the model is quantized already by {by}; keep one of them"
+    elif exported and step.in_torch:
+        yield (
+            f"{where}: {step.method} needs a torch model, found ONNX after {exported}; move it"
+            " before, the codes are carried over"
+        )
     elif exported and step.standard:
         yield (
             f"{where}: {step.method} starts from a graph of standard operators, found one that"
@@ -327,51 +348,12 @@ def _budget_mistakes(recipe: Recipe) -> Iterator[str]:
     yield from _limit_mistakes(recipe, budget, "budget")
 
 
-def explain(path: Path, error: ValidationError) -> str:
-    """Return every mistake on a line of its own, with its path in the file."""
-    lines: list[str] = []
-    for mistake in error.errors():
-        if mistake["type"] == "too_short" and mistake["input"]:
-            continue  # a list is said to be short when its items are wrong
-        # The tag of a step says the same as its place: steps.0.prune.heads -> steps.0.heads
-        parts, step = [str(part) for part in mistake["loc"]], ""
-        if len(parts) > 2 and parts[0] == "steps":  # noqa: PLR2004
-            step = parts.pop(2)
-        where = ".".join(parts)
-        if mistake["type"] == "extra_forbidden":
-            text = f"unknown key{_suggest(parts, step)}"
-        else:
-            text = _plain(mistake)
-        lines.extend(f"  {where}: {line}" if where else f"  {line}" for line in text.splitlines())
-    count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
-    return "\n".join([f"{path}: {count}", *lines])
-
-
-def _plain(mistake: Any) -> str:
-    text = str(mistake["msg"]).removeprefix("Value error, ")
-    if mistake["type"] == "union_tag_invalid":
-        return f"step: {unknown(str(mistake['ctx']['tag']), list(STEPS))}"
-    if mistake["type"] == "union_tag_not_found":
-        return f"step: found none, expected one of {list(STEPS)}"
-    if mistake["type"] in {"value_error", "missing"}:
-        return text
-    return f"{text}, found {mistake['input']!r}"
-
-
-def _suggest(parts: list[str], step: str) -> str:
-    """Return the known key closest to an unknown one."""
-    kinds: dict[str, list[type[BaseModel]]] = {
+def _kinds() -> dict[str, list[type[BaseModel]]]:
+    """Return what has the keys that stand under each of the recipe's own; under "", those."""
+    return {
         "": [Recipe],
         "model": [Model],
         "task": [TaskSettings, Splits],
         "target": [Target, Load],
-        "steps": [STEPS[step]] if step else [],
         "budget": [Budget],
     }
-    inner: dict[str, type[BaseModel]] = {"finetune": Training, "goal": Goal}
-    if len(parts) > 3 and parts[2] in inner:  # noqa: PLR2004 - steps.0.goal.speed
-        kinds["steps"] = [inner[parts[2]]]
-    parent = parts[0] if len(parts) > 1 else ""
-    known = [key for kind in kinds.get(parent, []) for key in kind.model_fields]
-    close = difflib.get_close_matches(parts[-1], known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f", expected one of {sorted(known)}"

@@ -17,7 +17,7 @@ import torch
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters import onnx, tensorrt
-from pipeline import artifact, gate, processes, schedules, sources, steps
+from pipeline import artifact, bnb, gate, processes, schedules, sources, steps
 from pipeline.page import page
 from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
@@ -134,7 +134,7 @@ def check_target(recipe: Recipe) -> None:
 
     Raises:
         Unavailable: no CUDA device where one is asked for.
-        MissingDependency: onnxruntime or TensorRT is asked for and not installed.
+        MissingDependency: onnxruntime, TensorRT or bitsandbytes is asked for and not installed.
         NotHere: TensorRT cannot build on this machine what is asked for.
     """
     target = recipe.target
@@ -142,6 +142,8 @@ def check_target(recipe: Recipe) -> None:
         if isinstance(step, Export) and step.format == "tensorrt":
             settings = step.model_dump(exclude={"step", "format"})
             tensorrt.available(tensorrt.Settings(**settings))
+        if isinstance(step, Quantize) and step.in_torch:
+            bnb.library()
     if target.runtime == "onnxruntime":
         providers = onnx.runtime().get_available_providers()
         if target.device == "cuda" and "CUDAExecutionProvider" not in providers:
@@ -165,6 +167,8 @@ def _compress(work: Work) -> list[Artifact]:
                 entry = schedules.prune(work, step, before, _teacher(step, artifacts))
             case Finetune():
                 entry = schedules.finetune(work, step, before, _teacher(step, artifacts))
+            case Quantize() if step.in_torch:
+                entry = steps.quantize_in_torch(work, step, before)
             case Quantize():
                 entry, kind = steps.quantize(work, step, before), "onnx"
             case Export(format="tensorrt"):

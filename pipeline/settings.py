@@ -10,6 +10,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from exporters import formats
+from pipeline import bnb
 from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
 from pipeline.masks import LEARNERS
@@ -200,7 +201,7 @@ class Quantize(Limited):
     """
 
     step: Literal["quantize"]
-    method: Annotated[str, one_of(METHODS)] = "int8-dynamic"
+    method: Annotated[str, one_of([*METHODS, *bnb.METHODS])] = "int8-dynamic"
     embeddings: bool = False
     """Quantize the embedding tables too."""
     migration: Fraction = 0.0
@@ -215,15 +216,20 @@ class Quantize(Limited):
     """Standard ONNX operators alone, as other runtimes want them."""
 
     @property
+    def in_torch(self) -> bool:
+        """Whether it is the torch model that is quantized, and a torch model that comes of it."""
+        return self.method in bnb.METHODS
+
+    @property
     def calibrated(self) -> bool:
         """Whether the step needs calibration data."""
-        method = METHODS[self.method]
-        return method.calibrated or self.migration > 0 or self.algorithm in CALIBRATED
+        calibrated = not self.in_torch and METHODS[self.method].calibrated
+        return calibrated or self.migration > 0 or self.algorithm in CALIBRATED
 
     @property
     def standard(self) -> bool:
         """Whether the graph that is quantized has standard operators alone."""
-        return self.portable or METHODS[self.method].whole
+        return self.portable or (not self.in_torch and METHODS[self.method].whole)
 
     @property
     def onnxruntime_alone(self) -> str:
@@ -232,6 +238,12 @@ class Quantize(Limited):
         What TensorRT refuses: operators of ONNX Runtime's own, ranges that are found while the
         graph runs, zero points.
         """
+        if self.in_torch:
+            nf4 = (
+                "nf4, which TensorRT has not: an engine would hold fp16 weights or wider; expected"
+            )
+            nf4 += " bnb-int8, or int4-weights with `portable: true`"
+            return nf4 if self.method == "bnb-nf4" else ""
         method = METHODS[self.method]
         if method.whole or (self.portable and self.symmetric is not False):
             return ""
@@ -246,11 +258,14 @@ class Quantize(Limited):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        known = METHODS[self.method].options
+        known = {"step", "method"}
+        if not self.in_torch:
+            known |= {*METHODS[self.method].options, *Limited.model_fields}
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         changed = {name for name, value in defaults.items() if getattr(self, name) != value}
-        useless = sorted(changed - known - {"step", "method", *Limited.model_fields})
+        useless = sorted(changed - known)
         if useless:
+            known -= {"step", "method", *Limited.model_fields}
             rest = f"none but {sorted(known)}" if known else "none of the others' keys"
             raise ValueError(f"found {useless} with {self.method}, expected {rest}")
         if self.algorithm in ASYMMETRIC and self.symmetric:

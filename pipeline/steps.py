@@ -24,7 +24,7 @@ from benchmarks.data import DataError
 from benchmarks.tasks import Arrays, collate
 from benchmarks.worker import InProcess
 from exporters import onnx, tensorrt
-from pipeline import calibration, checkpoint, mixed, parts, quantization, sources
+from pipeline import bnb, calibration, checkpoint, mixed, parts, quantization, sources
 from pipeline.checkpoint import ModelError
 from pipeline.manifest import MANIFEST
 from pipeline.recipe import ORIGINAL
@@ -102,7 +102,8 @@ def _check_vocabulary(work: Work, model: PreTrainedModel) -> None:
 def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
     """Return the artifact as ONNX, one that is ONNX as it is.
 
-    It is fused for the target's provider, or else of `standard` operators alone.
+    It is fused for the target's provider, or else of `standard` operators alone. Weights of
+    bitsandbytes are carried over as they are.
     """
     if before.format == "onnx":
         return before.entry
@@ -110,21 +111,25 @@ def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
 
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
-        (folder / onnx.MODEL).parent.mkdir()
-        export = partial(
-            onnx.export,
-            model,
-            work.samples(),
-            axes=work.task.axes,
-            path=folder / onnx.MODEL,
-            fuse_for=fuse_for,
-        )
-        difference = once(work.track, "exporting", export)
+        held = bnb.plain(model)
+        path = folder / onnx.MODEL
+        path.parent.mkdir()
+        details: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory(prefix="secateur-") as beside:
+            export = partial(
+                onnx.export,
+                model,
+                work.samples(),
+                axes=work.task.axes,
+                path=Path(beside, path.name) if held else path,
+                fuse_for=fuse_for,
+            )
+            details["difference_to_torch"] = once(work.track, "exporting", export)
+            if held:
+                carried = bnb.carry_over(Path(beside, path.name), path, held)
+                details["quantized_nodes"] = carried
         _copy_around(before.entry.folder, folder)
-        details = {
-            "difference_to_torch": difference,
-            "bytes_by_part": parts.bytes_of_graph(folder / onnx.MODEL, model),
-        }
+        details["bytes_by_part"] = parts.bytes_of_graph(path, model)
         return _known(before) | {"details": details}
 
     key = {"input": before.entry.digest, "export": "onnx", "fused_for": fuse_for}
@@ -215,6 +220,33 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
         "data": work.evidence("calibration") if step.calibrated else None,
         "selection": [work.metric, work.evidence("selection")] if step.allowed else None,
     }
+    return work.make("quantize", key, make)
+
+
+def quantize_in_torch(work: Work, step: Quantize, before: Artifact) -> Entry:
+    """Return the artifact in a format of bitsandbytes, still a torch artifact.
+
+    It is quantized on the CPU, so that the codes are the same whatever the target is.
+    """
+
+    def make(folder: Path) -> dict[str, Any]:
+        whole = checkpoint.without_weights(before.entry.folder, work.task.auto_class)
+        known = parts.places(whole)  # of what is quantized, nobody knows what could be cut
+        load = partial(
+            checkpoint.from_pretrained,
+            before.entry.folder,
+            quantization_config=bnb.configuration(step.method, whole),
+            device_map={"": "cpu"},
+        )
+        model = once(work.track, "quantizing", load)
+        details: dict[str, Any] = {"quantized_layers": bnb.count(model, step.method)}
+        _copy_around(before.entry.folder, folder)
+        checkpoint.save_pretrained(model, folder)
+        tensors = sorted(folder.glob("*.safetensors"))
+        details["bytes_by_part"] = parts.bytes_of_tensors(tensors, known)
+        return _known(before) | {"details": details}
+
+    key = {"step": step.model_dump(mode="json"), "input": before.entry.digest}
     return work.make("quantize", key, make)
 
 

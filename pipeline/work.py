@@ -90,6 +90,11 @@ class Work:
         self.source = sources.resolve(recipe.model.source)
         revision = recipe.model.revision
         self.config = checkpoint.read_config(self.source, revision)
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{recipe.model.source}: found quantized weights, expected floating point; name the"
+                " model that they were made of"
+            )
         self.kind = checkpoint.model_class(self.source, self.config, self.task.auto_class)
         self.processor = sources.processor(self.source, self.task.processor, revision)
         self.padding = padding(self.processor)
