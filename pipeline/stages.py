@@ -148,5 +148,5 @@ def _predicted(stage: Stage) -> float | None:
 
 def _size_bytes(folder: Path) -> int:
     """Return the bytes of the model's own files: weights, or graph and weights."""
-    weights = [*folder.glob("*.safetensors"), *(folder / onnx.MODEL.parent).glob("model.onnx*")]
+    weights = [*folder.glob("*.safetensors"), *(folder / onnx.MODEL.parent).glob("*model.onnx*")]
     return sum(path.stat().st_size for path in weights)

@@ -121,7 +121,7 @@ def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
         _copy_around(before.entry.folder, folder)
         details = {
             "difference_to_torch": difference,
-            "bytes_by_part": parts.bytes_of_graph(folder / onnx.MODEL, model),
+            "bytes_by_part": _bytes_by_part(folder, model),
         }
         return _known(before) | {"details": details}
 
@@ -153,12 +153,12 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
             details |= {"left": left, "divergences": divergences}
             chosen = replace(options, left=frozenset(n for name in left for n in layers[name]))
         quantize = partial(
-            quantization.quantize, source.folder / onnx.MODEL, path, step.method, chosen
+            quantization.quantize_all, source.folder / onnx.MODEL, path, step.method, chosen
         )
         details["quantized_nodes"] = once(work.track, "quantizing", quantize)
         _copy_around(source.folder, folder)
         model = checkpoint.without_weights(source.folder, work.task.auto_class)
-        details["bytes_by_part"] = parts.bytes_of_graph(path, model)
+        details["bytes_by_part"] = _bytes_by_part(folder, model)
         return _known(before) | {"details": details}
 
     key = {
@@ -169,6 +169,12 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
         "selection": [work.metric, work.evidence("selection")] if step.max_drop else None,
     }
     return work.make("quantize", key, make)
+
+
+def _bytes_by_part(folder: Path, model: PreTrainedModel) -> dict[str, int]:
+    """Return the bytes of an artifact's graphs by part."""
+    found = [parts.bytes_of_graph(path, model) for path in onnx.files(folder / onnx.MODEL)]
+    return {part: sum(each[part] for each in found) for part in parts.PARTS}
 
 
 def _leave_out(
@@ -217,8 +223,8 @@ def _calibration(work: Work) -> Iterator[Arrays]:
             f" {FEWEST_WINDOWS} to find the ranges of activations on"
         )
 
-    def length(window: Arrays) -> int:
-        return max(array.shape[-1] for array in window.values())
+    def length(window: Arrays) -> tuple[int, ...]:
+        return tuple(array.shape[-1] for array in window.values())
 
     for _, group in groupby(sorted(windows, key=length), key=length):
         alike = list(group)
