@@ -190,7 +190,7 @@ def _content_hash(row: Row) -> str:
     for role in sorted(row):
         value = row[role]
         # What is to be predicted is left out: a text with two labels is one example.
-        if role in {"label", "tags", "answers"}:
+        if role in {"label", "tags", "answers", "target"}:
             continue
         if isinstance(value, Image):
             digest.update(value.convert("RGB").tobytes())

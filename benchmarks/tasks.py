@@ -11,7 +11,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -61,7 +61,10 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of task; `columns` maps each role to the column it has unless the recipe says so."""
+    """A kind of task; `columns` maps each role to the column it has unless the recipe says so.
+
+    `decodes`: the model reads the target beside the source; see `with_decoder_inputs`.
+    """
 
     auto_class: str
     columns: Mapping[str, str]
@@ -73,6 +76,7 @@ class Task:
     reduction: str = "none"
     axes: tuple[str, ...] = ("batch", "sequence")
     processor: str = "AutoTokenizer"
+    decodes: bool = False
 
 
 def collate(windows: Sequence[Arrays], padding: Mapping[str, int]) -> Arrays:
@@ -94,7 +98,30 @@ def padding(processor: object) -> dict[str, int]:
     pad = getattr(processor, "pad_token_id", None)
     end = getattr(processor, "eos_token_id", None)
     values = dict.fromkeys(("labels", "start_positions", "end_positions"), IGNORED)
-    return values | {"input_ids": next((value for value in (pad, end) if value is not None), 0)}
+    fill = next((value for value in (pad, end) if value is not None), 0)
+    return values | dict.fromkeys(("input_ids", "decoder_input_ids"), fill)
+
+
+def with_decoder_inputs(
+    examples: Sequence[Example], shift: Callable[[Array], Array]
+) -> list[Example]:
+    """Return the examples with `decoder_input_ids`, the labels one place later.
+
+    Args:
+        examples: windows whose `labels` `(T,)` end with one that is ignored, for the place that the
+            last token moves to.
+        shift: labels to what the model's decoder reads `(T,)`, a start token in front.
+    """
+    return [
+        replace(
+            example,
+            windows=tuple(
+                replace(w, inputs={**w.inputs, "decoder_input_ids": shift(w.labels["labels"])})
+                for w in example.windows
+            ),
+        )
+        for example in examples
+    ]
 
 
 def label_names(rows: Sequence[Row], role: str) -> list[str]:
@@ -355,10 +382,32 @@ def _encode_stories(
     return examples
 
 
+def _encode_pairs(
+    rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
+) -> list[Example]:
+    del labels
+    sources = processor(_texts(rows, "source"), truncation=True, max_length=max_length)
+    # A start token comes in front.
+    targets = processor(
+        text_target=_texts(rows, "target"), truncation=True, max_length=max_length - 1
+    )["input_ids"]
+    examples = []
+    for index, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        if not target or not sources["input_ids"][index]:
+            raise DataError(
+                f"source, target: found {row['source']!r} and {row['target']!r}, expected a token"
+                " or more in each"
+            )
+        tokens = {"labels": np.asarray([*target, IGNORED], np.int64)}
+        examples.append(Example(row["id"], (Window(_inputs(sources, index), tokens),)))
+    return examples
+
+
 def _judge_tokens(example: Example, outputs: Sequence[Arrays]) -> Judgement:
     nll, tokens, decisions = 0.0, 0, []
     for window, output in zip(example.windows, outputs, strict=True):
-        scored = len(window.inputs["input_ids"]) - 1
+        read = window.inputs.get("decoder_input_ids", window.inputs["input_ids"])
+        scored = len(read) - 1
         nll += float(np.sum(output["nll"][:scored], dtype=np.float64))
         tokens += scored
         decisions.append(output["next_token"][:scored])
@@ -397,6 +446,15 @@ TASKS: Final[Mapping[str, Task]] = {
         encode=_encode_stories,
         judge=_judge_tokens,
         reduction="next_token",
+    ),
+    "seq2seq-lm": Task(
+        auto_class="AutoModelForSeq2SeqLM",
+        columns={"source": "source", "target": "target"},
+        metrics=("perplexity",),
+        encode=_encode_pairs,
+        judge=_judge_tokens,
+        reduction="next_token",
+        decodes=True,
     ),
     "image-classification": Task(
         auto_class="AutoModelForImageClassification",

@@ -174,12 +174,14 @@ class InProcess:
 def next_token(inputs: Arrays, outputs: Arrays) -> Arrays:
     """Return the negative log-likelihood of each next token and the likeliest one `(B, T-1)`.
 
-    Done where the logits `(B, T, V)` are: they would be too many to hand over.
+    Of an encoder-decoder they are those that its decoder reads. Done where the logits `(B, T, V)`
+    are: they would be too many to hand over.
     """
     logits = np.asarray(outputs["logits"][:, :-1], np.float64)
     largest = logits.max(axis=-1, keepdims=True)
     norm = largest[..., 0] + np.log(np.exp(logits - largest).sum(axis=-1))
-    chosen = np.take_along_axis(logits, inputs["input_ids"][:, 1:, None], axis=-1)[..., 0]
+    tokens = inputs.get("decoder_input_ids", inputs["input_ids"])
+    chosen = np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return {"nll": norm - chosen, "next_token": np.argmax(logits, axis=-1)}
 
 

@@ -170,20 +170,34 @@ def _codes(name: str, layer: Any) -> Codes:
     return Codes(codes, state.absmax.float().cpu().numpy(), matrix, state.blocksize)
 
 
-def carry_over(source: Path, target: Path, held: Mapping[str, Codes]) -> int:
-    """Write a graph with the codes of its layers, and return how many products read such.
+def carry_over(graphs: Sequence[Path], folder: Path, held: Mapping[str, Codes]) -> int:
+    """Write graphs with the codes of their layers, and return how many products read such.
 
     A matrix that several layers were packed into is taken apart: a block of weights may lie across
     the border between two of them.
 
     Args:
-        source: the graph of the model that `plain` made.
-        target: the file to write.
+        graphs: those of the model that `plain` made.
+        folder: where they are written, under their names.
         held: what `plain` returned.
 
     Raises:
-        QuantizationError: the matrix of a layer is not in the graph.
+        QuantizationError: the matrix of a layer is in none of the graphs.
     """
+    carried = [name for path in graphs for name in _carry_over(path, folder / path.name, held)]
+    # Layers that were copied from one another have one matrix between them.
+    there = {held[name].matrix.tobytes() for name in carried}
+    missing = [name for name, codes in held.items() if codes.matrix.tobytes() not in there]
+    if missing:
+        raise QuantizationError(
+            f"{graphs[-1].name}: found no matrix of {missing[0]} and {len(missing) - 1} more of"
+            f" {len(held)} layers, expected all of them; the exporter changed what it wrote"
+        )
+    return len(carried)
+
+
+def _carry_over(source: Path, target: Path, held: Mapping[str, Codes]) -> list[str]:
+    """Write a graph with the codes of its layers, and return their names, one a product."""
     graph = onnx.load(source)
     del graph.graph.value_info[:]
     straighten(graph, frozenset(), tied=False)
@@ -198,14 +212,6 @@ def carry_over(source: Path, target: Path, held: Mapping[str, Codes]) -> int:
             if names:
                 products[node.output[0]] = names
     carried = [name for names in products.values() for name in names]
-    # Layers that were copied from one another have one matrix between them.
-    there = {held[name].matrix.tobytes() for name in carried}
-    missing = [name for name, codes in held.items() if codes.matrix.tobytes() not in there]
-    if missing:
-        raise QuantizationError(
-            f"{source.name}: found no matrix of {missing[0]} and {len(missing) - 1} more of"
-            f" {len(held)} layers, expected all of them; the exporter changed what it wrote"
-        )
     nodes: list[NodeProto] = []
     for node in graph.graph.node:
         names = products.get(node.output[0], [])
@@ -214,7 +220,7 @@ def carry_over(source: Path, target: Path, held: Mapping[str, Codes]) -> int:
         graph.graph.initializer.extend(_constants(name, held[name]))
     replace(graph, nodes)
     store(graph, target)
-    return len(carried)
+    return carried
 
 
 def _side_by_side(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
-from benchmarks.tasks import Example, collate
+from benchmarks.tasks import IGNORED, Example, collate
 
 Batch = dict[str, Tensor]
 BATCH: Final = 16
@@ -148,6 +148,8 @@ def moments(
             sums[name] = rows.new_zeros(width, width), rows.new_zeros(width, width)
         decodes = model.config.is_encoder_decoder and "decoder" in name
         tokens = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+        if decodes and tokens is None and "labels" in batch:
+            tokens = batch["labels"] != IGNORED
         if tokens is None or tokens.shape != rows.shape[:2]:
             tokens = rows.new_ones(rows.shape[:2])
         for moment, chosen in zip(sums[name], (~held_out, held_out), strict=True):

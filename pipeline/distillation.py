@@ -11,6 +11,7 @@ C classes.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,24 @@ def loss(model: nn.Module, inputs: dict[str, Tensor], teacher: Teacher | None) -
     other = imitation(outputs, target, inputs, temperature=teacher.temperature)
     total = teacher.task_weight * own + (1 - teacher.task_weight) * other
     if states:
-        mask = inputs.get("attention_mask")
-        distance = hidden_distance(outputs.hidden_states, target.hidden_states, mask)
-        total = total + teacher.hidden_weight * distance
+        total = total + teacher.hidden_weight * _states_apart(outputs, target, inputs)
     return total
+
+
+def _states_apart(
+    outputs: Mapping[str, Any], target: Mapping[str, Any], inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """Return `hidden_distance` `()`; of an encoder-decoder the mean of that of both stacks."""
+    mask = inputs.get("attention_mask")
+    masks = {"hidden_states": mask, "encoder_hidden_states": mask}
+    if "labels" in inputs:
+        masks["decoder_hidden_states"] = inputs["labels"] != IGNORED
+    found = [
+        hidden_distance(outputs[name], target[name], counted)
+        for name, counted in masks.items()
+        if name in outputs
+    ]
+    return torch.stack(found).mean()
 
 
 def imitation(

@@ -127,8 +127,7 @@ def loads(bench: Bench) -> list[Arrays]:
     windows = [window.inputs for example in bench.examples for window in example.windows]
     if "sequence" not in bench.task.axes:
         return [_rows(windows, batch) for batch, _ in bench.target.loads]
-    tokens = np.concatenate([window["input_ids"] for window in windows])
-    return [_tokens(tokens, windows[0], batch, length) for batch, length in bench.target.loads]
+    return [_tokens(windows, batch, length) for batch, length in bench.target.loads]
 
 
 def _rows(windows: Sequence[Arrays], batch: int) -> Arrays:
@@ -136,10 +135,17 @@ def _rows(windows: Sequence[Arrays], batch: int) -> Arrays:
     return {name: np.stack([window[name] for window in chosen]) for name in chosen[0]}
 
 
-def _tokens(tokens: Any, window: Arrays, batch: int, length: int) -> Arrays:
-    """Return `batch` rows of `length` tokens of the task's texts, put one behind the other."""
-    inputs = {name: np.zeros((batch, length), np.int64) for name in window}
-    inputs["input_ids"] = np.resize(tokens, (batch, length))
+def _tokens(windows: Sequence[Arrays], batch: int, length: int) -> Arrays:
+    """Return `batch` rows of `length` tokens of the task's texts, put one behind the other.
+
+    A decoder beside an encoder reads as many tokens as the median target has, all at once.
+    """
+    inputs = {name: np.zeros((batch, length), np.int64) for name in windows[0]}
+    for name in ("input_ids", "decoder_input_ids"):
+        if name in inputs:
+            texts = [window[name] for window in windows]
+            longest = length if name == "input_ids" else int(np.median([len(t) for t in texts]))
+            inputs[name] = np.resize(np.concatenate(texts), (batch, longest))
     inputs["attention_mask"] = np.ones((batch, length), np.int64)
     return inputs
 

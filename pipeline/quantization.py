@@ -6,6 +6,7 @@ quantize nothing and say nothing. Nodes that read constant matrices are named af
 """
 
 import copy
+import dataclasses
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,15 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporters.onnx.graph import EXTERNAL_BYTES, quiet, store
-from exporters.onnx.session import Arrays, feeder, inputs_of, runtime
+from exporters.onnx.session import (
+    Arrays,
+    decoder_inputs,
+    feeder,
+    files,
+    inputs_of,
+    predictor,
+    runtime,
+)
 from pipeline import migration, weight_only
 from pipeline.products import replace, straighten, weights
 
@@ -289,6 +298,31 @@ def quantize(source: Path, target: Path, method: str, options: Options) -> int:
             " expected at least one; nothing was quantized"
         )
     return before - after
+
+
+def quantize_all(source: Path, target: Path, method: str, options: Options) -> int:
+    """Write the graphs of the model at `source` beside `target`, and return how many nodes changed.
+
+    A decoder beside an encoder is calibrated on what that gives in full precision.
+
+    Raises:
+        MissingDependency: onnxruntime is not installed.
+        QuantizationError: in one of the graphs no node was changed.
+    """
+    changed = 0
+    *encoders, last = files(source)
+    for path in encoders:
+        changed += quantize(path, target.with_name(path.name), method, options)
+        batches = partial(_decoder_batches, path, options.calibration)
+        options = dataclasses.replace(options, calibration=batches)
+    return changed + quantize(last, target, method, options)
+
+
+def _decoder_batches(encoder: Path, batches: Callable[[], Iterator[Arrays]]) -> Iterator[Arrays]:
+    """Yield what a decoder takes for the batches, on all cores: nothing is timed here."""
+    encode = predictor(encoder, device="cpu", threads=0)
+    for batch in batches():
+        yield decoder_inputs(encode, batch)
 
 
 def _keep_wide(nodes: Sequence[NodeProto]) -> None:

@@ -179,5 +179,5 @@ def _size_bytes(folder: Path) -> int:
     """Return the bytes of the model's own files: weights, or graph and weights, or an engine."""
     if (folder / tensorrt.PLAN).is_file():
         return (folder / tensorrt.PLAN).stat().st_size
-    weights = [*folder.glob("*.safetensors"), *(folder / onnx.MODEL.parent).glob("model.onnx*")]
+    weights = [*folder.glob("*.safetensors"), *(folder / onnx.MODEL.parent).glob("*model.onnx*")]
     return sum(path.stat().st_size for path in weights)

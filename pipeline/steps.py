@@ -116,20 +116,21 @@ def export(work: Work, before: Artifact, *, standard: bool = False) -> Entry:
         path.parent.mkdir()
         details: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(prefix="secateur-") as beside:
+            plain = Path(beside, path.name) if held else path
             export = partial(
                 onnx.export,
                 model,
                 work.samples(),
                 axes=work.task.axes,
-                path=Path(beside, path.name) if held else path,
+                path=plain,
                 fuse_for=fuse_for,
             )
             details["difference_to_torch"] = once(work.track, "exporting", export)
             if held:
-                carried = bnb.carry_over(Path(beside, path.name), path, held)
+                carried = bnb.carry_over(onnx.files(plain), path.parent, held)
                 details["quantized_nodes"] = carried
         _copy_around(before.entry.folder, folder)
-        details["bytes_by_part"] = parts.bytes_of_graph(path, model)
+        details["bytes_by_part"] = _bytes_by_part(folder, model)
         return _known(before) | {"details": details}
 
     key = {"input": before.entry.digest, "export": "onnx", "fused_for": fuse_for}
@@ -205,12 +206,12 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
             details |= {"left": left, "divergences": divergences}
             chosen = replace(options, left=frozenset(n for name in left for n in layers[name]))
         quantize = partial(
-            quantization.quantize, source.folder / onnx.MODEL, path, step.method, chosen
+            quantization.quantize_all, source.folder / onnx.MODEL, path, step.method, chosen
         )
         details["quantized_nodes"] = once(work.track, "quantizing", quantize)
         _copy_around(source.folder, folder)
         model = checkpoint.without_weights(source.folder, work.task.auto_class)
-        details["bytes_by_part"] = parts.bytes_of_graph(path, model)
+        details["bytes_by_part"] = _bytes_by_part(folder, model)
         return _known(before) | {"details": details}
 
     key = {
@@ -248,6 +249,12 @@ def quantize_in_torch(work: Work, step: Quantize, before: Artifact) -> Entry:
 
     key = {"step": step.model_dump(mode="json"), "input": before.entry.digest}
     return work.make("quantize", key, make)
+
+
+def _bytes_by_part(folder: Path, model: PreTrainedModel) -> dict[str, int]:
+    """Return the bytes of an artifact's graphs by part."""
+    found = [parts.bytes_of_graph(path, model) for path in onnx.files(folder / onnx.MODEL)]
+    return {part: sum(each[part] for each in found) for part in parts.PARTS}
 
 
 def _leave_out(
@@ -296,8 +303,8 @@ def _calibration(work: Work) -> Iterator[Arrays]:
             f" {FEWEST_WINDOWS} to find the ranges of activations on"
         )
 
-    def length(window: Arrays) -> int:
-        return max(array.shape[-1] for array in window.values())
+    def length(window: Arrays) -> tuple[int, ...]:
+        return tuple(array.shape[-1] for array in window.values())
 
     for _, group in groupby(sorted(windows, key=length), key=length):
         alike = list(group)

@@ -20,7 +20,16 @@ from benchmarks.accuracy import Track, once
 from benchmarks.data import Row
 from benchmarks.data import load as load_data
 from benchmarks.machine import Unavailable
-from benchmarks.tasks import TASKS, Arrays, Example, collate, label_names, padding
+from benchmarks.tasks import (
+    TASKS,
+    Array,
+    Arrays,
+    Example,
+    collate,
+    label_names,
+    padding,
+    with_decoder_inputs,
+)
 from pipeline import (
     checkpoint,
     depth,
@@ -54,6 +63,10 @@ _WITHOUT_EFFECT: Final = frozenset(
         "runner.py",
     }
 )
+
+
+WANTED: Final = ("label", "tags", "answers", "target")
+"""The roles of what a model is to give, which are no part of a row's id."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +131,40 @@ class Work:
     def examples(self, split: str) -> list[Example]:
         """Return a split as the model sees it."""
         if split not in self._examples:
-            self._examples[split] = self.task.encode(
+            examples = self.task.encode(
                 self.rows[split], self.processor, self.labels, self.recipe.task.max_length
             )
+            if self.task.decodes:
+                examples = with_decoder_inputs(examples, self._shift)
+            self._examples[split] = examples
         return self._examples[split]
+
+    def _shift(self, labels: Array) -> Array:
+        """Return what the model's decoder reads when it is to give the labels `(T,)`."""
+        try:
+            tokens = self._shifter(torch.from_numpy(labels)[None])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{self.recipe.model.source}: found no way from labels to what the decoder reads:"
+                f" {checkpoint.first_line(error)}; expected a model that says it, with"
+                " decoder_start_token_id and pad_token_id in its config.json"
+            ) from error
+        shifted: Array = tokens[0].numpy()
+        return shifted
 
     def evidence(self, split: str) -> str:
         """Return the fingerprint of a split's content and of how it is seen."""
         settings = [self.recipe.task.kind, self.recipe.task.max_length, list(self.labels)]
         return fingerprint([settings, [_plain(row) for row in self.rows[split]]])
+
+    @cached_property
+    def _shifter(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        model: Any = checkpoint.without_weights(
+            self.source, self.task.auto_class, self.recipe.model.revision
+        )
+        shifter: Callable[[torch.Tensor], torch.Tensor]
+        shifter = model.prepare_decoder_input_ids_from_labels
+        return shifter
 
     @cached_property
     def has_head(self) -> bool:
@@ -255,7 +293,7 @@ class Work:
 
 def _plain(row: Row) -> list[str]:
     """Return a row's id and what is to be predicted, as text."""
-    return [row["id"], *(str(row[name]) for name in ("label", "tags", "answers") if name in row)]
+    return [row["id"], *(str(row[name]) for name in WANTED if name in row)]
 
 
 def _code() -> str:

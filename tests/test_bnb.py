@@ -95,7 +95,8 @@ def test_stock_transformers_opens_what_was_not_cut(saved, method):
 @pytest.mark.parametrize("fuse_for", ["cpu", None])
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_codes_are_carried_over(tmp_path, saved, family, method, fuse_for):
-    folder, path = saved(family, method), tmp_path / "carried.onnx"
+    folder, path = saved(family, method), tmp_path / "carried" / "plain.onnx"
+    path.parent.mkdir()
     model = from_pretrained(folder)
     names = list(bnb.layers(model))
     held = bnb.plain(model)
@@ -107,7 +108,7 @@ def test_codes_are_carried_over(tmp_path, saved, family, method, fuse_for):
         path=tmp_path / "plain.onnx",
         fuse_for=fuse_for,
     )
-    assert bnb.carry_over(tmp_path / "plain.onnx", path, held) == len(names)
+    assert bnb.carry_over([tmp_path / "plain.onnx"], path.parent, held) == len(names)
 
     graph = onnx.load(path).graph
     constants = {x.name: numpy_helper.to_array(x) for x in graph.initializer}
@@ -154,6 +155,21 @@ def packed(folder, *matrices: np.ndarray) -> Path:
     return folder / "packed.onnx"
 
 
+def test_codes_are_carried_over_to_both_graphs_of_an_encoder_decoder(tmp_path, saved):
+    model = from_pretrained(saved("t5", "bnb-int8"))
+    names = list(bnb.layers(model))
+    held = bnb.plain(model)
+    samples = [arrays(2, size) | {"decoder_input_ids": arrays(2, size - 4)["input_ids"]}
+               for size in (11, 17)]  # fmt: skip
+    (tmp_path / "plain").mkdir(), (tmp_path / "carried").mkdir()
+    path = tmp_path / "plain" / "model.onnx"
+    exporter.export(model, samples, axes=("batch", "sequence"), path=path, fuse_for=None)
+    assert bnb.carry_over(exporter.files(path), tmp_path / "carried", held) >= len(names)
+    kept = {x.name for file in (tmp_path / "carried").iterdir()
+            for x in onnx.load(file).graph.initializer if x.name.endswith(".codes")}  # fmt: skip
+    assert kept == {f"{name}.codes" for name in names}
+
+
 def nf4(rows: int, columns: int) -> bnb.Codes:
     """Return a random matrix in nf4, quantized by the library itself."""
     functional = bnb.library().functional
@@ -168,17 +184,19 @@ def nf4(rows: int, columns: int) -> bnb.Codes:
 def test_blocks_may_lie_across_the_border_of_two_layers(tmp_path):
     held = {"a": nf4(3, 50), "b": nf4(7, 50)}  # 150 and 350 weights: no multiple of 64
     path = packed(tmp_path, *(codes.matrix for codes in held.values()))
-    assert bnb.carry_over(path, tmp_path / "q.onnx", held) == 2
+    (tmp_path / "q").mkdir()
+    assert bnb.carry_over([path], tmp_path / "q", held) == 2
     x = np.random.default_rng(0).normal(size=(5, 50)).astype(np.float32)
     expected = exporter.predictor(path, device="cpu", threads=1)({"x": x})["y"]
-    found = exporter.predictor(tmp_path / "q.onnx", device="cpu", threads=1)({"x": x})["y"]
+    found = exporter.predictor(tmp_path / "q" / path.name, device="cpu", threads=1)({"x": x})["y"]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_layer_that_is_not_in_the_graph_is_an_error(tmp_path):
     path = packed(tmp_path, nf4(3, 50).matrix)
+    (tmp_path / "q").mkdir()
     with pytest.raises(QuantizationError, match=r"packed\.onnx: found no matrix of b and 0 more"):
-        bnb.carry_over(path, tmp_path / "q.onnx", {"a": nf4(3, 50), "b": nf4(7, 50)})
+        bnb.carry_over([path], tmp_path / "q", {"a": nf4(3, 50), "b": nf4(7, 50)})
 
 
 @pytest.mark.parametrize(
@@ -258,12 +276,10 @@ def test_a_source_in_fewer_bits_is_refused(tmp_path, saved):
 
 
 def test_nf4_does_not_go_to_tensorrt(tmp_path):
-    content = yaml.safe_load(recipe(tmp_path, [NF4, {"step": "export"}]).read_text())
-    read = Recipe.model_validate(content)
-    to_tensorrt = read.steps[1].model_copy(update={"format": "tensorrt"})
-    changed = read.model_copy(update={"steps": (read.steps[0], to_tensorrt)})
-    with pytest.raises(ValueError, match=r"steps\.1: TensorRT has no nf4.*use bnb-int8"):
-        changed._order()
+    steps = [NF4, {"step": "export", "format": "tensorrt"}]
+    with pytest.raises(RecipeError, match=r"steps\.1: TensorRT cannot read steps\.0: found nf4"):
+        Recipe.from_yaml(recipe(tmp_path, steps))
+    Recipe.from_yaml(recipe(tmp_path, [{"step": "quantize", "method": "bnb-int8"}, steps[1]]))
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])

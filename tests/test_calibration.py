@@ -104,6 +104,19 @@ def test_moments_leave_padding_out_and_hold_windows_out():
     torch.testing.assert_close(found.held_out, moment(0) + moment(1))
 
 
+def test_moments_of_a_decoder_leave_out_what_its_labels_do():
+    model = tiny("t5")
+    given = inputs(model)
+    tokens, ends = given["decoder_input_ids"], (7, 4)
+    labels = tokens.clone()
+    labels[1, 4:] = -100
+    path = "decoder.block.1.layer.1.EncDecAttention"
+    found = moments(model, {path: readers(model)[path]}, [given | {"labels": labels}] * 3, total=3)
+    # The second of two rows is padded, and the fifth of six is held out: one of the first kind.
+    assert float(found[path].held_out[-1, -1]) == ends[0]
+    assert float(found[path].fit[-1, -1]) == 2 * ends[0] + 3 * ends[1]
+
+
 def test_moments_that_are_not_numbers_are_an_error():
     model = tiny("bert")
     model.bert.embeddings.word_embeddings.weight.data[:] = torch.nan

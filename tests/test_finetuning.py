@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import batch, sentences, write_model
+from conftest import batch, inputs, sentences, tiny, write_model
 from safetensors import safe_open
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -167,6 +167,26 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path, task_weight, hidden
     )
     states = own.hidden_states, other.hidden_states
     expected = expected + hidden_weight * hidden_distance(*states, given["attention_mask"])
+    torch.testing.assert_close(found, expected)
+
+
+def test_both_stacks_of_an_encoder_decoder_are_compared():
+    student, teacher = tiny("t5"), tiny("t5", seed=1)
+    given = inputs(student)
+    labels = given["decoder_input_ids"].clone()
+    labels[1, 4:] = -100
+    given["labels"] = labels
+    with torch.no_grad():
+        own, other = (m(**given, output_hidden_states=True) for m in (student, teacher))
+        found = loss(student, given, Teacher(teacher, 2.0, 0.3, 0.7))
+    encoders = hidden_distance(
+        own.encoder_hidden_states, other.encoder_hidden_states, given["attention_mask"]
+    )
+    decoders = hidden_distance(
+        own.decoder_hidden_states, other.decoder_hidden_states, labels != -100
+    )
+    expected = 0.3 * own.loss + 0.7 * (encoders + decoders) / 2
+    expected += 0.7 * distillation(own.logits, other.logits, 2.0, labels != -100)
     torch.testing.assert_close(found, expected)
 
 

@@ -19,7 +19,14 @@ from benchmarks.machine import describe
 from exporters import onnx as exporter
 from exporters.onnx.graph import store
 from pipeline import migration, mixed, prune_heads, prune_neurons, weight_only
-from pipeline.quantization import METHODS, Options, QuantizationError, layers, quantize
+from pipeline.quantization import (
+    METHODS,
+    Options,
+    QuantizationError,
+    layers,
+    quantize,
+    quantize_all,
+)
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runner import run
 
@@ -109,6 +116,50 @@ def test_weights_are_small_and_outputs_near(tmp_path, exported, family, case):
     assert np.corrcoef(exact.ravel(), near.ravel())[0, 1] > least
     if options.portable:
         assert {node.domain for node in onnx.load(target).graph.node} <= STANDARD
+
+
+def pairs(batch: int, sequence: int) -> dict[str, np.ndarray]:
+    return inputs(batch, sequence) | {"decoder_input_ids": inputs(batch, sequence - 3)["input_ids"]}
+
+
+@pytest.fixture(scope="module")
+def two_graphs(tmp_path_factory):
+    """Give the folder of a pruned encoder-decoder's export, of standard operators."""
+    folder, model = tmp_path_factory.mktemp("t5"), tiny("t5")
+    prune_heads(model, {"encoder.block.0.layer.0.SelfAttention": [1]})
+    prune_neurons(model, {"decoder.block.1": [*range(20)]})
+    path = folder / exporter.MODEL
+    path.parent.mkdir()
+    samples = [pairs(2, 11), pairs(3, 17)]
+    exporter.export(model, samples, axes=("batch", "sequence"), path=path, fuse_for=None)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_graphs_of_an_encoder_decoder_shrink(tmp_path, two_graphs, case):
+    method, given = CASES[case]
+    options = Options(
+        embeddings="embeddings" in METHODS[method].options,
+        reduce_range=describe().saturates,
+        calibration=lambda: iter([pairs(8, length) for length in range(5, 15)]),
+        **given,
+    )
+    source, target = two_graphs / exporter.MODEL, tmp_path / exporter.MODEL
+    target.parent.mkdir()
+    count = quantize_all(source, target, method, options)
+    # The encoder has two blocks of 4 products at least, and its decoder 2 x 2 of the cross-
+    # attention in its file; what is left there are 2 blocks of 3 + 1 + 2 products, and the head.
+    assert count >= 2 * 4 + 2 * 1 + 2 * 6 + 1
+    most = {"fp16": 0.55, "int8": 0.45, "int4": 0.35}[method[:4]]
+    for before, after in zip(exporter.files(source), exporter.files(target), strict=True):
+        assert weight_bytes(after) < most * weight_bytes(before)
+    exact, near = (
+        exporter.open_predictor(folder, device="cpu", threads=1)(pairs(8, 13))["logits"]
+        for folder in (two_graphs, tmp_path)
+    )
+    assert not np.array_equal(exact, near)
+    least = {"fp16": 0.999, "int8": 0.8, "int4": 0.5}[method[:4]]
+    assert np.corrcoef(exact.ravel(), near.ravel())[0, 1] > least
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].whole])

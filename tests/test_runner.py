@@ -21,6 +21,7 @@ from conftest import (
     secateur,
     sentences,
     write_recipe,
+    write_rows,
 )
 from PIL import Image
 from transformers import (
@@ -31,7 +32,9 @@ from transformers import (
 )
 
 from benchmarks.accuracy import Outcomes
+from exporters.onnx.generation import open_generator
 from pipeline import Recipe, from_pretrained, run, units
+from pipeline.checkpoint import ModelError
 from pipeline.manifest import seal
 from pipeline.store import verify
 
@@ -256,6 +259,74 @@ def test_causal_lm_runs_and_is_judged_by_perplexity(tmp_path):
             total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     assert report.stages[0].score.value == pytest.approx(np.exp(total / tokens), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "quantize"),
+    [
+        ("t5", {"method": "int8-static"}),
+        ("bart", {"method": "int8-dynamic", "embeddings": True}),
+    ],
+)
+def test_seq2seq_lm_runs_and_its_artifact_generates(tmp_path, family, quantize):
+    recipe = other_task(tmp_path, "seq2seq-lm", family)
+    rows = [(" ".join(words), " ".join(words[::-1][:4])) for words in texts(160)]
+    write_rows(tmp_path / "data.csv", rows, "source,target")
+    recipe["task"]["data"] = str(tmp_path / "data.csv")
+    recipe["task"]["splits"] = {"train": "train[:60]", "calibration": "train[60:100]",
+                                "gate": "train[100:]"}  # fmt: skip
+    recipe["target"]["loads"] = [{"batch": 2, "sequence": 16}, {"batch": 1, "sequence": 8}]
+    recipe["steps"][2] |= quantize
+    recipe |= {"baseline": "finetune", "budget": {"max_perplexity_ratio": 50.0}}
+    report = run(Recipe.model_validate(recipe), tmp_path / "out")
+    assert report.verdict.outcome == "pass"
+    trained, quantized = report.stages
+    model = from_pretrained(trained.folder)
+    assert sum(trained.heads) < 6 * 4
+    assert len(units(model).heads) == 6  # of encoder, decoder, and across
+    assert [load.sequence for load in trained.loads] == [16, 8]
+    # Not by our own code: the model's own loss, a pair at a time.
+    tokenizer = AutoTokenizer.from_pretrained(trained.folder)
+    total, tokens = 0.0, 0
+    for source, target in rows[100:]:
+        given = tokenizer(source, truncation=True, max_length=16, return_tensors="pt")
+        labels = tokenizer(target, return_tensors="pt").input_ids
+        ids = {name: given[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            total += float(model(**ids, labels=labels).loss) * labels.shape[1]
+        tokens += labels.shape[1]
+    assert trained.score.value == pytest.approx(np.exp(total / tokens), rel=1e-3)
+    graphs = Path(quantized.folder, "onnx")
+    names = ["encoder_model.onnx", "model.onnx"]
+    assert sorted(path.name for path in graphs.iterdir()) == names
+    assert quantized.size_bytes == sum((graphs / name).stat().st_size for name in names)
+    parts = quantized.details["bytes_by_part"]
+    assert 0.3 * quantized.size_bytes < sum(parts.values()) < quantized.size_bytes
+    # What was exported on the way generates what torch does, and the artifact generates too.
+    (exported,) = (tmp_path / "out" / "stages").glob("onnx-*")
+    given = tokenizer([source for source, _ in rows[:5]], padding=True, return_tensors="pt")
+    ids = {name: given[name] for name in ("input_ids", "attention_mask")}
+    expected = model.generate(**ids, max_new_tokens=9, do_sample=False, num_beams=1)
+    inputs = {name: array.numpy() for name, array in ids.items()}
+    found = [
+        open_generator(folder, device="cpu", threads=1)(inputs, max_new_tokens=9)
+        for folder in (exported, tmp_path / "out" / "artifact")
+    ]
+    assert found[0].tolist() == expected.tolist()
+    assert found[1].shape[0] == 5
+
+
+def test_a_model_that_cannot_shift_labels_is_refused(tmp_path):
+    recipe = other_task(tmp_path, "seq2seq-lm", "t5")
+    recipe["budget"] = {"max_perplexity_ratio": 2.0}
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(json.dumps({"source": " ".join(w), "target": w[0]}) for w in texts(120))
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["decoder_start_token_id"] = None
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="found no way from labels to what the decoder reads"):
+        run(Recipe.model_validate(recipe), tmp_path / "out")
 
 
 def test_image_classification_runs(tmp_path):

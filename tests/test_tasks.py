@@ -7,7 +7,16 @@ from PIL import Image
 from transformers import AutoTokenizer, ViTImageProcessorPil
 
 from benchmarks.data import DataError
-from benchmarks.tasks import IGNORED, TASKS, Example, Window, collate, label_names, padding
+from benchmarks.tasks import (
+    IGNORED,
+    TASKS,
+    Example,
+    Window,
+    collate,
+    label_names,
+    padding,
+    with_decoder_inputs,
+)
 
 ID = "0" * 64
 
@@ -170,6 +179,38 @@ def test_long_texts_are_several_windows_and_every_token_is_scored_once(tokenizer
     assert len(judged.decisions) == 17
 
 
+def test_a_target_is_what_the_decoder_gives_and_reads_one_place_later(tokenizer):
+    rows = [{"source": "good film", "target": "bad"}, {"source": "plot " * 30, "target": "a " * 30}]
+    examples = encode("seq2seq-lm", rows, tokenizer)
+    assert examples[0].windows[0].inputs["input_ids"].tolist() == [2, 4, 10, 3]
+    assert examples[0].windows[0].labels["labels"].tolist() == [2, 7, 3, IGNORED]
+    shifts = []
+
+    def shift(labels):
+        shifts.append(labels.tolist())
+        return np.asarray([1, *labels[:-1]])
+
+    first, second = with_decoder_inputs(examples, shift)
+    assert shifts[0] == [2, 7, 3, IGNORED]
+    assert first.windows[0].inputs["decoder_input_ids"].tolist() == [1, 2, 7, 3]
+    assert [*first.windows[0].inputs] == ["input_ids", "attention_mask", "decoder_input_ids"]
+    assert len(second.windows[0].inputs["input_ids"]) == 16
+    assert len(second.windows[0].inputs["decoder_input_ids"]) == 16
+    outputs = [{"nll": np.arange(9.0), "next_token": np.arange(9)}]  # padded
+    judged = TASKS["seq2seq-lm"].judge(first, outputs)
+    assert judged.columns == {"nll": 0.0 + 1 + 2, "tokens": 3}
+    assert judged.decisions.tolist() == [0, 1, 2]
+
+
+def test_a_pair_without_a_token_is_said():
+    def bare(texts=None, text_target=None, **_):
+        words = [[len(w) for w in text.split()] for text in texts or text_target]
+        return {"input_ids": words}
+
+    with pytest.raises(DataError, match="source, target: found 'a film' and '', expected a token"):
+        encode("seq2seq-lm", [{"source": "a film", "target": ""}], bare)
+
+
 def test_no_text_is_said(tokenizer):
     with pytest.raises(DataError, match="text: found no text of two tokens or more"):
         encode("causal-lm", [{"text": ""}], tokenizer)
@@ -190,6 +231,7 @@ def test_collate_pads_to_the_longest():
 def test_padding_of_labels_does_not_count(tokenizer):
     assert padding(tokenizer)["input_ids"] == 0
     assert padding(tokenizer)["labels"] == IGNORED
+    assert padding(tokenizer)["decoder_input_ids"] == 0
 
 
 def test_labels_are_named_in_the_order_of_their_ids():

@@ -183,6 +183,10 @@ def test_next_token_is_the_cross_entropy_of_torch():
     )
     np.testing.assert_allclose(found["nll"].ravel(), expected.numpy(), rtol=1e-5)
     assert (found["next_token"] == logits[:, :-1].argmax(-1).numpy()).all()
+    given = {"input_ids": ids[:, :2].numpy(), "decoder_input_ids": ids.numpy()}
+    np.testing.assert_array_equal(
+        next_token(given, {"logits": logits.numpy()})["nll"], found["nll"]
+    )
 
 
 def examples(labels):

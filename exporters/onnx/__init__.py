@@ -11,8 +11,9 @@ from exporters.onnx import graph
 from exporters.onnx.session import (
     MODEL,
     Arrays,
-    cache,
+    decoder_inputs,
     encoder_file,
+    files,
     in_parts,
     open_predictor,
     positions,
@@ -20,10 +21,23 @@ from exporters.onnx.session import (
     runtime,
 )
 
-__all__ = ["MODEL", "encoder_file", "export", "open_predictor", "predictor", "runtime", "verify"]
+__all__ = [
+    "MODEL",
+    "decoder_inputs",
+    "encoder_file",
+    "export",
+    "files",
+    "generated",
+    "open_predictor",
+    "predictor",
+    "runtime",
+    "verify",
+]
 
 TOLERANCE: Final = 1e-3
 """Largest difference to torch, relative to the largest output, that an fp32 export may have."""
+GENERATED: Final = 8
+"""So many tokens are generated to see whether torch would have chosen them."""
 
 
 def export(
@@ -75,28 +89,19 @@ def export(
 def verify(model: Any, samples: Sequence[Arrays], path: Path) -> float:
     """Return the largest difference to torch over the samples, relative to the largest output.
 
-    A decoder is given its tokens in two parts, the second one with the cache of the first.
+    A decoder is given its tokens in two parts, the second one with the cache of the first; then it
+    generates, see `generated`.
 
     Raises:
         ExportError: it is more than `TOLERANCE`, or not a number.
     """
-    import torch
-
-    run, told = _runner(model, path), False
-    if model.can_generate() and not model.config.is_encoder_decoder:
-        from exporters.onnx.cached import takes_positions
-
-        told = takes_positions(model)
-    worst = 0.0
+    run = _runner(model, path)
+    worst = generated(model, samples[0], path) if model.can_generate() else 0.0
     for sample in samples:
         found = run(sample)
-        given = {k: torch.from_numpy(np.asarray(v)) for k, v in sample.items()}
-        if told:  # the graph takes them from the mask, torch does not
-            given["position_ids"] = torch.from_numpy(positions(sample["attention_mask"]))
-        with torch.inference_mode():
-            outputs = model(**given)
+        outputs = _expected(model, sample)
         for name, array in found.items():
-            expected = outputs[name].numpy()
+            expected = outputs[name]
             scale = max(float(np.abs(expected).max()), 1e-6)
             difference = float(np.abs(array - expected).max()) / scale
             if not difference <= TOLERANCE:
@@ -107,6 +112,65 @@ def verify(model: Any, samples: Sequence[Arrays], path: Path) -> float:
                 )
             worst = max(worst, difference)
     return worst
+
+
+def generated(model: Any, sample: Arrays, path: Path) -> float:
+    """Return how far torch's logits of the tokens that are generated lie below its largest ones.
+
+    Relative to the largest of all: 0 where torch would have chosen the same token. It is given all
+    of them at once, without a cache, so that a tie cannot lead the two apart. Prompts are halves of
+    the sample's rows, each with one token more of padding in front than the one before.
+
+    Raises:
+        ExportError: it is more than `TOLERANCE`, or not a number.
+    """
+    import torch
+
+    from exporters.onnx.generation import greedy
+
+    options: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads()}
+    decode = predictor(path, **options)
+    if model.config.is_encoder_decoder:
+        whole = {k: v for k, v in sample.items() if not k.startswith("decoder_")}
+        begun = {"decoder_input_ids": sample["decoder_input_ids"][:, :1]}
+        given = decoder_inputs(predictor(encoder_file(path), **options), whole | begun)
+        many = min(GENERATED, max(sample["decoder_input_ids"].shape[1] - 1, 1))
+        tokens = greedy(decode, given, {}, many)
+        logits = _expected(model, whole | {"decoder_input_ids": tokens})["logits"]
+    else:
+        rows, length = sample["input_ids"].shape
+        half = max(length // 2, 1)
+        padded = np.minimum(np.arange(rows), half - 1)
+        mask = (np.arange(half)[None] >= padded[:, None]).astype(np.int64)
+        given = {"input_ids": sample["input_ids"][:, :half], "attention_mask": mask}
+        many = min(GENERATED, max(length - half, 1))
+        tokens = greedy(decode, given, {}, many)
+        mask = np.pad(mask, ((0, 0), (0, many)), constant_values=1)
+        logits = _expected(model, {"input_ids": tokens, "attention_mask": mask})["logits"]
+    logits, chosen = logits[:, -many - 1 : -1], tokens[:, -many:, None]
+    below = logits.max(axis=-1) - np.take_along_axis(logits, chosen, axis=-1)[..., 0]
+    worst = float(below.max() / max(np.abs(logits).max(), 1e-6))
+    if not worst <= TOLERANCE:
+        raise ExportError(
+            f"{path.name}: generates tokens whose logits lie {worst:.1e} of the largest one below"
+            f" torch's choice, expected at most {TOLERANCE:.0e}"
+        )
+    return worst
+
+
+def _expected(model: Any, sample: Arrays) -> dict[str, Any]:
+    """Return what torch gives for a sample."""
+    import torch
+
+    given = {k: torch.from_numpy(np.asarray(v)) for k, v in sample.items()}
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        from exporters.onnx.cached import takes_positions
+
+        if takes_positions(model):  # the graph takes them from the mask, torch does not
+            given["position_ids"] = torch.from_numpy(positions(sample["attention_mask"]))
+    with torch.inference_mode():
+        outputs = model(**given)
+    return {name: x.numpy() for name, x in outputs.items() if isinstance(x, torch.Tensor)}
 
 
 def _runner(model: Any, path: Path) -> Callable[[Arrays], Arrays]:
@@ -122,10 +186,7 @@ def _runner(model: Any, path: Path) -> Callable[[Arrays], Arrays]:
 
     def run(sample: Arrays) -> Arrays:
         tokens = sample["decoder_input_ids"]
-        given = {"input_ids": tokens, **cache(encode(sample))}
-        if "attention_mask" in sample:
-            given["encoder_attention_mask"] = sample["attention_mask"]
         # It has no mask of its own: what pads its tokens stands behind them.
-        return in_parts(predict, given, [tokens.shape[1] // 2])
+        return in_parts(predict, decoder_inputs(encode, sample), [tokens.shape[1] // 2])
 
     return run

@@ -29,6 +29,12 @@ def encoder_file(path: Path) -> Path:
     return path.with_name("encoder_model.onnx")
 
 
+def files(path: Path) -> list[Path]:
+    """Return the graphs of the model at `path`: its own, or an encoder's and a decoder's."""
+    encoder = encoder_file(path)
+    return [encoder, path] if encoder.is_file() else [path]
+
+
 def _imported() -> ModuleType | None:
     try:
         return import_module("onnxruntime")
@@ -57,8 +63,17 @@ def runtime() -> ModuleType:
 
 
 def open_predictor(folder: Path, *, device: str, threads: int, optimize: bool = True) -> Any:
-    """Return the predictor of an artifact in `folder`: arrays of inputs to arrays of outputs."""
-    return predictor(folder / MODEL, device=device, threads=threads, optimize=optimize)
+    """Return the predictor of an artifact in `folder`: arrays of inputs to arrays of outputs.
+
+    Of an encoder-decoder it gives the logits `(B, L, V)` of all `decoder_input_ids` `(B, L)`.
+    """
+    *encoders, last = (
+        predictor(path, device=device, threads=threads, optimize=optimize)
+        for path in files(folder / MODEL)
+    )
+    if not encoders:
+        return last
+    return lambda arrays: last(decoder_inputs(encoders[0], arrays))
 
 
 def predictor(path: Path, *, device: str, threads: int, optimize: bool = True) -> Any:
@@ -139,6 +154,19 @@ def in_parts(predict: Any, arrays: Arrays, ends: Sequence[int]) -> dict[str, NDA
         logits.append(outputs["logits"])
         given |= cache(outputs)
     return {"logits": np.concatenate(logits, axis=1)}
+
+
+def decoder_inputs(encode: Any, arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Return what the decoder of an encoder-decoder takes, with an empty cache of its own.
+
+    Args:
+        encode: the encoder's predictor.
+        arrays: what the encoder takes, and `decoder_input_ids` `(B, L)`.
+    """
+    given = {"input_ids": arrays["decoder_input_ids"], **cache(encode(arrays))}
+    if "attention_mask" in arrays:
+        given["encoder_attention_mask"] = arrays["attention_mask"]
+    return given
 
 
 def cache(outputs: Arrays) -> dict[str, NDArray[Any]]:
