@@ -88,11 +88,11 @@ def configuration(method: str, model: PreTrainedModel) -> BitsAndBytesConfig:
         method: one of `METHODS`.
         model: the model, with or without its weights.
     """
-    heads = [
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and _linears(child)
-    ]
+    inside = model.base_model_prefix
+    heads = [name for name, child in model.named_children() if name != inside and _linears(child)]
+    if not hasattr(model, inside):  # T5: the encoder and the decoder lie beside the head
+        last = model.get_output_embeddings()
+        heads = [name for name, module in model.named_modules() if module is last]
     return BitsAndBytesConfig(**METHODS[method], llm_int8_skip_modules=heads)
 
 
