@@ -11,10 +11,10 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -54,6 +54,12 @@ def run(options: argparse.Namespace) -> NoReturn:
     """Run a recipe, and exit; `options` are those of `run_arguments`."""
     _silence()
     sys.exit(_guarded(lambda: _run(options)))
+
+
+def convert(options: argparse.Namespace) -> NoReturn:
+    """Build an engine without a recipe, and exit."""
+    _silence()
+    sys.exit(_guarded(lambda: _convert(options)))
 
 
 def run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -362,17 +368,41 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from exporters import tensorrt
+    from pipeline.conversion import convert
+
+    if options.folder.exists():
+        return _say(WRONG, f"{options.folder}: there already, expected a new folder")
+    settings = tensorrt.Settings(compute_capabilities=tuple(options.compute_capabilities))
+    with _progress() as progress:
+        about = convert(
+            options.model,
+            options.folder,
+            batch=options.batch,
+            sequence=options.sequence,
+            settings=settings,
+            track=_Bars(progress),
+        )
+    _show_engine("built", about)
+    return 0
+
+
 def _rebuild(options: argparse.Namespace) -> int:
     from pipeline.rebuilding import rebuild
 
     with _progress() as progress:
         about = rebuild(options.folder, track=_Bars(progress))
-    library, plan, on = about["library"], about["plan"], about["built_on"]
-    where = on["name"] if on else "no GPU here"
-    text = f"rebuilt: {library['name']} {library['version']}, {plan['bytes'] / 1e6:.1f} MB, {where}"
-    out.print(escape(text), soft_wrap=True)
+    _show_engine("rebuilt", about)
     out.print("[yellow]not measured: the verdict in its manifest is the former engine's[/]")
     return 0
+
+
+def _show_engine(done: str, about: Mapping[str, Any]) -> None:
+    library, plan, on = about["library"], about["plan"], about["built_on"]
+    where = on["name"] if on else "no GPU here"
+    text = f"{done}: {library['name']} {library['version']}, {plan['bytes'] / 1e6:.1f} MB, {where}"
+    out.print(escape(text), soft_wrap=True)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -219,7 +219,7 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
 
 def _engine_mistakes(recipe: Recipe, index: int, exported: str | None, where: str) -> Iterator[str]:
     """Yield why no engine can be built of what the steps before give."""
-    if TASKS[recipe.task.kind].auto_class == "AutoModelForCausalLM":
+    if TASKS[recipe.task.kind].reduction == "next_token":
         yield (
             f"{where}: {recipe.task.kind} gives a graph with a key-value cache, which the profiles"
             " of an engine cannot hold here; expected format: onnx"

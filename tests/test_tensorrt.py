@@ -7,6 +7,7 @@ read from what TensorRT documents of its inspector.
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -16,7 +17,7 @@ import onnx
 import pytest
 import torch
 import yaml
-from conftest import secateur, tiny, write_recipe
+from conftest import secateur, tiny, write_model, write_recipe
 from onnx import TensorProto, helper
 
 from exporters import ExportError, MissingDependency, NotHere, tensorrt
@@ -24,13 +25,14 @@ from exporters import onnx as exporter
 from exporters.tensorrt import precisions
 from exporters.tensorrt.engine import refuse_shapes, runs_here
 from exporters.tensorrt.library import Gpu, library
-from pipeline import prune_heads, prune_neurons
+from pipeline import prune_heads, prune_neurons, save_pretrained
 from pipeline.checkpoint import ModelError
+from pipeline.manifest import MANIFEST, read, seal
 from pipeline.quantization import Options, quantize
 from pipeline.rebuilding import rebuild
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runner import check_target, run
-from pipeline.store import MANIFEST, seal, verify
+from pipeline.store import verify
 
 AXES = {"batch": (1, 2, 32), "sequence": (1, 16, 20)}
 RTX = tensorrt.Settings(compute_capabilities=(8.6, 8.9))
@@ -590,3 +592,22 @@ def test_a_timing_cache_is_written_and_used_again(tmp_path, graph):
     cache.write_bytes(b"not a cache")
     with pytest.raises(ExportError, match="a timing cache of another GPU or version; remove it"):
         build(graph("fp16"), tmp_path / "third", settings)
+
+
+def test_optimum_cli_builds_an_engine_of_a_model_that_was_cut(tmp_path):
+    model = write_model(tmp_path / "model")
+    prune_heads(model, {1: [0]})
+    save_pretrained(model, tmp_path / "model")
+    program = Path(sys.executable).with_name("optimum-cli")
+    command = [program, "export", "tensorrt", tmp_path / "model", tmp_path / "engine",
+               "--sequence", "1", "16", "64", "--compute-capabilities", "8.6"]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("built: tensorrt_rtx")
+    about, _ = read(tmp_path / "engine")
+    assert {"tensorrt/model.plan", "tensorrt/engine.json", "onnx/model.onnx"} <= about.keys()
+    engine = json.loads((tmp_path / "engine" / "tensorrt" / "engine.json").read_text())
+    assert engine["profile"]["input_ids"]["max"] == [32, 64]
+    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "there already, expected a new folder" in again.stderr
