@@ -34,6 +34,7 @@ _PACKAGES = (
     "numpy",
     "tokenizers",
     "datasets",
+    "bitsandbytes",
 )
 
 

@@ -226,10 +226,7 @@ def _carry_over(source: Path, target: Path, held: Mapping[str, Codes]) -> list[s
 def _side_by_side(
     matrix: NDArray[Any], held: Mapping[str, Codes], by_first_row: Mapping[bytes, Sequence[str]]
 ) -> list[str]:
-    """Return the layers whose rows are those of a matrix `(O, I)`, in turn; none if it has others.
-
-    B is the number of rows of a layer.
-    """
+    """Return the layers whose rows are those of a matrix `(O, I)`, in turn; none if others are."""
     names: list[str] = []
     at = 0
     while at < len(matrix):
