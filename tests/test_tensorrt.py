@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 from exporters import ExportError, MissingDependency, NotHere, tensorrt
 from exporters import onnx as exporter
 from exporters.tensorrt import precisions
-from exporters.tensorrt.engine import refuse_shapes, runs_here
+from exporters.tensorrt.engine import invalid, layers, refuse_shapes, runs_here
 from exporters.tensorrt.library import Gpu, library
 from pipeline import prune_heads, prune_neurons
 from pipeline.checkpoint import ModelError
@@ -279,6 +279,15 @@ def test_engines_run_on_gpus_alone(engine):
     if not torch.cuda.is_available():
         with pytest.raises(NotHere, match="found no CUDA device, expected one; engines run on"):
             tensorrt.open_predictor(engine, device="cuda", threads=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_driver_no_engine_is_opened(engine):
+    about, plan = tensorrt.described(engine), (engine / tensorrt.PLAN).read_bytes()
+    trt = library("tensorrt_rtx")
+    assert invalid(trt, plan)
+    with pytest.raises(ExportError, match="engine: tensorrt_rtx cannot open the engine: "):
+        layers(trt, about, plan)
 
 
 def test_an_engine_of_another_version_asks_for_a_rebuild(tmp_path, engine):
