@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from exporters import ExportError, MissingDependency, NotHere, tensorrt
 from exporters import onnx as exporter
 from exporters.tensorrt import precisions
-from exporters.tensorrt.engine import refuse_shapes, runs_here
+from exporters.tensorrt.engine import invalid, layers, refuse_shapes, runs_here
 from exporters.tensorrt.library import Gpu, library
 from pipeline import prune_heads, prune_neurons, save_pretrained
 from pipeline.checkpoint import ModelError
@@ -207,7 +207,7 @@ def test_shapes_outside_the_profile_are_refused(engine, shape):
     ids = np.zeros(shape, np.int64)
     message = r"input_ids: found the shape \(.*, expected one from \(1, 1\) to \(32, 20\), the prof"
     with pytest.raises(ValueError, match=message):
-        refuse_shapes(about, {"input_ids": ids, "attention_mask": ids})
+        refuse_shapes(about, inputs(2, 16) | {"input_ids": ids})
     with pytest.raises(ValueError, match="attention_mask: found no such input, expected"):
         refuse_shapes(about, {"input_ids": np.zeros((2, 16), np.int64)})
 
@@ -281,6 +281,15 @@ def test_engines_run_on_gpus_alone(engine):
     if not torch.cuda.is_available():
         with pytest.raises(NotHere, match="found no CUDA device, expected one; engines run on"):
             tensorrt.open_predictor(engine, device="cuda", threads=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_driver_no_engine_is_opened(engine):
+    about, plan = tensorrt.described(engine), (engine / tensorrt.PLAN).read_bytes()
+    trt = library("tensorrt_rtx")
+    assert invalid(trt, plan)
+    with pytest.raises(ExportError, match="engine: tensorrt_rtx cannot open the engine: "):
+        layers(trt, about, plan)
 
 
 def test_an_engine_of_another_version_asks_for_a_rebuild(tmp_path, engine):
