@@ -81,59 +81,6 @@ def test_a_decoder_takes_and_gives_a_cache(exported):
     assert axes_of(graph.output)["present.1.value"] == ["batch", 2, total, 8]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_decoder_generates_what_torch_generates(family, exported):
-    model, (path, difference) = pruned(family), exported(family)
-    assert difference < 1e-5
-    predict = exporter.predictor(path, device="cpu", threads=1)
-    prompts = inputs(3, 9)["input_ids"]
-    mask = np.ones_like(prompts)
-    mask[1, :4] = 0  # prompts are padded on the left
-    expected = model.generate(
-        torch.from_numpy(prompts),
-        attention_mask=torch.from_numpy(mask),
-        max_new_tokens=7,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    tokens, found, cache = prompts, [], {}
-    for _ in range(7):
-        outputs = predict({"input_ids": tokens, "attention_mask": mask, **cache})
-        tokens, cache = outputs["logits"][:, -1:].argmax(-1), session.cache(outputs)
-        mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)
-        found.append(tokens)
-    assert np.concatenate(found, axis=1).tolist() == expected[:, 9:].tolist()
-
-
-def test_an_encoder_decoder_generates_what_torch_generates(tmp_path):
-    model, path, given = tiny("t5"), tmp_path / "decoder.onnx", inputs(2, 9)
-    layer = "decoder.block.0.layer"
-    prune_heads(
-        model, {f"{layer}.0.SelfAttention": [0, 1, 2, 3], f"{layer}.1.EncDecAttention": [1]}
-    )
-    decoded = np.asarray([[0, 5, 7], [0, 8, 9]])
-    samples = [given | {"decoder_input_ids": decoded}]
-    assert exporter.export(model, samples, axes=AXES, path=path, fuse_for="cpu") < 1e-5
-    given = inputs(3, 14)
-    expected = model.generate(
-        **{name: torch.from_numpy(array) for name, array in given.items()},
-        max_new_tokens=7,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    encode, decode = (
-        exporter.predictor(file, device="cpu", threads=1)
-        for file in (exporter.encoder_file(path), path)
-    )
-    crossed = session.cache(encode(given)) | {"encoder_attention_mask": given["attention_mask"]}
-    found, cache = [np.full((3, 1), model.config.decoder_start_token_id)], {}
-    for _ in range(7):
-        outputs = decode({"input_ids": found[-1], **crossed, **cache})
-        cache = session.cache(outputs)
-        found.append(outputs["logits"][:, -1:].argmax(-1))
-    assert np.concatenate(found, axis=1).tolist() == expected.tolist()
-
-
 def test_a_decoder_that_reads_nothing_of_its_encoder_is_refused(tmp_path):
     model, path = tiny("t5"), tmp_path / "model.onnx"
     crossed = [path for path in units(model).heads if "EncDecAttention" in path]
