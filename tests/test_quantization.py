@@ -14,11 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
+import exporters
 from benchmarks.data import DataError
 from benchmarks.machine import describe
 from exporters import onnx as exporter
 from exporters.onnx.graph import store
-from pipeline import migration, mixed, prune_heads, prune_neurons, weight_only
+from pipeline import migration, mixed, prune_heads, prune_neurons, units, weight_only
 from pipeline.quantization import (
     METHODS,
     Options,
@@ -127,7 +128,7 @@ def two_graphs(tmp_path_factory):
     """Give the folder of a pruned encoder-decoder's export, of standard operators."""
     folder, model = tmp_path_factory.mktemp("t5"), tiny("t5")
     prune_heads(model, {"encoder.block.0.layer.0.SelfAttention": [1]})
-    prune_neurons(model, {"decoder.block.1": [*range(20)]})
+    prune_neurons(model, {[*units(model).neurons][-1]: [*range(20)]})
     path = folder / exporter.MODEL
     path.parent.mkdir()
     samples = [pairs(2, 11), pairs(3, 17)]
@@ -135,7 +136,17 @@ def two_graphs(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
+UNOPENED = pytest.mark.xfail(
+    raises=exporters.ExportError,
+    strict=True,
+    reason="onnxruntime 1.31 gives a QuantizeLinear of T5 two types; see Limits in the README",
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(x, marks=UNOPENED) if x == "int8-static portable" else x for x in CASES],
+)
 def test_both_graphs_of_an_encoder_decoder_shrink(tmp_path, two_graphs, case):
     method, given = CASES[case]
     options = Options(
@@ -147,9 +158,9 @@ def test_both_graphs_of_an_encoder_decoder_shrink(tmp_path, two_graphs, case):
     source, target = two_graphs / exporter.MODEL, tmp_path / exporter.MODEL
     target.parent.mkdir()
     count = quantize_all(source, target, method, options)
-    # The encoder has two blocks of 4 products at least, and its decoder 2 x 2 of the cross-
-    # attention in its file; what is left there are 2 blocks of 3 + 1 + 2 products, and the head.
-    assert count >= 2 * 4 + 2 * 1 + 2 * 6 + 1
+    # Of each block: six of the encoder, whose file has the keys and values of the decoder's cross-
+    # attention too, and eight of the decoder.
+    assert count >= 2 * 6 + 2 * 2 + 2 * 8
     most = {"fp16": 0.55, "int8": 0.45, "int4": 0.35}[method[:4]]
     for before, after in zip(exporter.files(source), exporter.files(target), strict=True):
         assert weight_bytes(after) < most * weight_bytes(before)
