@@ -55,7 +55,9 @@ def write(folder: Path, work: Work, last: Artifact, report: Mapping[str, Any]) -
     """
     shutil.copytree(last.entry.folder, folder, dirs_exist_ok=True)
     (folder / MANIFEST).unlink()  # the artifact gets its own
-    settings = _settings(work) | {"tolerance": _record(folder, work)}
+    # A torch model is deployed as such, whatever it was measured in.
+    runtime = "torch" if last.format == "torch" else work.recipe.target.runtime
+    settings = _settings(work, runtime) | {"tolerance": _record(folder, work, runtime)}
     text = json.dumps(settings, indent=1, ensure_ascii=False)
     (folder / infer.SETTINGS).write_text(text, encoding="utf-8")
     if "session" in settings:
@@ -93,14 +95,14 @@ def _deploy(folder: Path, work: Work, settings: Mapping[str, Any]) -> None:
         )
 
 
-def _settings(work: Work) -> dict[str, Any]:
+def _settings(work: Work, runtime: str) -> dict[str, Any]:
     target = work.recipe.target
     settings: dict[str, Any] = {
         "task": work.recipe.task.kind,
         "max_length": work.recipe.task.max_length,
         "labels": work.labels,
         "pad": work.padding["input_ids"],
-        "runtime": target.runtime,
+        "runtime": runtime,
         "device": target.device,
         "threads": work.threads,
     }
@@ -108,12 +110,12 @@ def _settings(work: Work) -> dict[str, Any]:
         end = getattr(work.config, "eos_token_id", None)
         end = [end] if isinstance(end, int) else list(end or [])
         settings |= {"begin": getattr(work.processor, "bos_token_id", None), "end": end}
-    if target.runtime == "onnxruntime":
+    if runtime == "onnxruntime":
         settings |= {"providers": [PROVIDERS[target.device]], "session": dict(CONFIG)}
     return settings
 
 
-def _record(folder: Path, work: Work) -> float:
+def _record(folder: Path, work: Work, runtime: str) -> float:
     """Write inputs with the outputs for them, and return how far others may be from these.
 
     That is some times the difference between ONNX Runtime's graph as it is and as it optimizes it:
@@ -121,8 +123,8 @@ def _record(folder: Path, work: Work) -> float:
     """
     target, inputs = work.recipe.target, _inputs(work)
     options: dict[str, Any] = {"device": target.device, "threads": work.threads}
-    outputs = others = _outputs(opener(target.runtime)(folder, **options), inputs)
-    if target.runtime == "onnxruntime":
+    outputs = others = _outputs(opener(runtime)(folder, **options), inputs)
+    if runtime == "onnxruntime":
         others = _outputs(onnx.open_predictor(folder, **options, optimize=False), inputs)
     recorded = {f"input.{key}": array for key, array in inputs.items()}
     recorded |= {f"output.{key}": array for key, array in outputs.items()}

@@ -318,7 +318,9 @@ def _share_of_rest(first: Entry, now: Entry, kind: Kind, share: float) -> float:
 
 def _selection_score(work: Work, entry: Entry) -> float:
     def make(_: Path) -> dict[str, Any]:
-        return {"score": training.score(work, checkpoint.from_pretrained(entry.folder))}
+        score = training.score(work, checkpoint.from_pretrained(entry.folder))
+        better = metrics.METRICS[work.metric].higher_is_better
+        return {"score": score if better else -score}  # training has higher ones be better
 
     key = {
         "artifact": entry.digest,

@@ -137,6 +137,11 @@ def test_codes_are_carried_over(tmp_path, saved, family, method, fuse_for):
         found = session.run(["logits"], fed(given))[0]
     else:
         found = exporter.predictor(path, device="cpu", threads=1)(given)["logits"]
+    if (
+        found.ndim == 3
+    ):  # at padding, which is behind the tokens here, positions are the graph's own
+        seen = given["attention_mask"].astype(bool)
+        found, expected = found[seen], expected[seen]
     np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
 
 

@@ -142,7 +142,7 @@ def test_a_missing_runtime_names_both_extras(monkeypatch, found):
 
 
 def test_the_formats_are_the_modules():
-    assert exporters.formats() == ["onnx"]
+    assert exporters.formats() == ["onnx", "tensorrt"]
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

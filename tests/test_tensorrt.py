@@ -438,7 +438,7 @@ def test_orders_that_work_are_taken(changes):
         ({"steps": quantized("bf16")}, r"steps\.0: ONNX Runtime has no bf16 products on the CPU"),
         (
             {"steps": quantized("bf16", max_drop=0.1), "target": ON_GPU},
-            r"steps\.0\.max_drop: is measured on the CPU, expected none with bf16",
+            r"steps\.0: its limit is measured on the CPU, expected none with bf16",
         ),
         (
             {"target": {"runtime": "tensorrt"}},
