@@ -30,6 +30,8 @@ BUILDERS: Final = {
     ".txt": "text",
 }
 BUILTIN: Final = {"builtin:docstrings": docstrings.load}
+WANTED: Final = ("label", "tags", "answers", "target")
+"""The roles of what a model is to give, which are no part of a row's id."""
 # From the most to the least protected: an overlap is mended in the later one.
 PROTECTION: Final = ("gate", "selection", "calibration", "train")
 
@@ -190,7 +192,7 @@ def _content_hash(row: Row) -> str:
     for role in sorted(row):
         value = row[role]
         # What is to be predicted is left out: a text with two labels is one example.
-        if role in {"label", "tags", "answers", "target"}:
+        if role in WANTED:
             continue
         if isinstance(value, Image):
             digest.update(value.convert("RGB").tobytes())

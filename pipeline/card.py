@@ -10,9 +10,10 @@ from typing import Any, Final
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from pipeline.infer import ANSWERS
 from pipeline.report import check_line, evidence, stage_table
 
-PIPELINES: Final = {"causal-lm": "text-generation"}
+PIPELINES: Final = {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}
 """The hub's name of a task, where it is another."""
 
 
@@ -25,6 +26,7 @@ def card(report: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> s
         settings: what inference.json holds.
     """
     recipe, last = report["recipe"], report["stages"][-1]
+    runtime = settings["runtime"]
     source = recipe["model"]["source"]
     here = source.startswith("builtin:") or Path(source).expanduser().exists()
     data = recipe["task"]["data"]
@@ -41,16 +43,19 @@ def card(report: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> s
     about = ModelCardData(
         base_model=None if here else source,
         eval_results=[result],
-        library_name="transformers" if settings["runtime"] == "torch" else "onnx",
+        library_name="transformers" if runtime == "torch" else "onnx",
         model_name=name,
         pipeline_tag=task,
         tags=["secateur", *sorted({step["step"] for step in recipe["steps"]})],
     )
     steps = "\n".join(f"1. {_step(step)}" for step in recipe["steps"])
     checks = "\n".join(f"- {check_line(check)}" for check in report["verdict"]["checks"])
-    use = _USES[settings["runtime"]]
-    if last["format"] == "tensorrt" and settings["runtime"] != "tensorrt":
+    use = {"onnxruntime": _ONNX, "tensorrt": _TENSORRT, "torch": _TORCH}[runtime]
+    if runtime == "onnxruntime" and settings["task"] in ANSWERS:
+        use = _INFER + use
+    if last["format"] == "tensorrt" and runtime != "tensorrt":
         use += f"The engine was built ahead of time, and not run. {_TENSORRT}"
+    needs = "torch" if runtime == "torch" else "no torch"
     return f"""---
 {about.to_yaml()}
 ---
@@ -78,7 +83,7 @@ The budget that it was released against, with 95 % intervals or those of its con
 {use}
 ## Check
 
-    secateur verify .            every file, the graph, the recorded outputs; needs no torch
+    secateur verify .            every file, the graph, the recorded outputs; needs {needs}
 
 manifest.json holds the sha256 of every file, the recipe, what the source was, the machine with its
 versions, and the verdict. On the recorded inputs (golden.npz), another machine should come within
@@ -95,11 +100,14 @@ def _step(step: Mapping[str, Any]) -> str:
     return f"{step['step']}: {settings}" if settings else step["step"]
 
 
-_ONNX = """    pip install onnxruntime tokenizers numpy
-    python infer.py "a text"
-    python infer.py --golden     the recorded inputs, beside the outputs that they gave
+_INFER = """    pip install onnxruntime numpy tokenizers    (of images: pillow, no tokenizers)
+    python infer.py "a text"                    (or an image file)
+    python infer.py --golden                    the recorded inputs and outputs
 
-The graph is `onnx/model.onnx`; inference.json holds the options of the session that was measured.
+"""
+
+_ONNX = """The graph is `onnx/model.onnx`; inference.json holds the session options that it was
+measured with.
 For NVIDIA's Triton Inference Server: `tritonserver --model-repository triton`.
 
 """
@@ -116,9 +124,3 @@ _TENSORRT = """`tensorrt/model.plan` is for the GPUs and the version of TensorRT
     secateur rebuild .
 
 """
-
-_USES: Final[Mapping[str, str]] = {
-    "onnxruntime": _ONNX,
-    "tensorrt": _TENSORRT,
-    "torch": _TORCH,
-}

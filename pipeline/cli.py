@@ -1,4 +1,4 @@
-"""The command line: arguments, what is shown, and the exit code. Nothing else prints.
+"""The command line: arguments, and the exit code. Beside terminal.py, nothing else prints.
 
 0 within the budget    1 a budget is violated    2 the recipe, model, data or arguments are wrong
 3 inconclusive         4 the target or a dependency is not available here
@@ -11,34 +11,27 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
+from typing import Final, NoReturn
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-if TYPE_CHECKING:  # it imports torch
-    from pipeline.inspection import Inspection
-
-T = TypeVar("T")
+from pipeline.terminal import (
+    Bars,
+    err,
+    out,
+    progress,
+    show_engine,
+    show_parts,
+    show_report,
+    show_units,
+)
 
 CODES: Final = {"pass": 0, "fail": 1, "inconclusive": 3}
 WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
-COLOURS: Final = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
-
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -132,10 +125,11 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
     from pipeline.checkpoint import ModelError
     from pipeline.finetuning import TrainingError
     from pipeline.gate import EvidenceError
+    from pipeline.manifest import Damaged
     from pipeline.quantization import QuantizationError
     from pipeline.recipe import RecipeError
 
-    wrong = (RecipeError, DataError, ModelError, EvidenceError)
+    wrong = (RecipeError, DataError, ModelError, EvidenceError, Damaged)
     unavailable = (Unavailable, MissingDependency, NotHere)
     failed = (
         WorkerError,
@@ -181,52 +175,19 @@ def _say(code: int, message: object) -> int:
 def _run(options: argparse.Namespace) -> int:
     from benchmarks.accuracy import silent
     from pipeline import processes
-    from pipeline.runner import run
+    from pipeline.runner import default_output, run
 
     if not processes.leads():  # torchrun started it beside the one that shows what happens
         report = run(options.recipe, options.output, fresh=options.fresh, track=silent)
         return CODES[report.verdict.outcome]
-    with _progress() as progress:
-        report = run(options.recipe, options.output, fresh=options.fresh, track=_Bars(progress))
-    _show(report.to_json(), options)
+    with progress() as bars:
+        report = run(options.recipe, options.output, fresh=options.fresh, track=Bars(bars))
+    show_report(report.to_json(), options.output or default_output(options.recipe))
     if options.push and report.verdict.outcome == "pass":
         from pipeline.hub import push
 
         out.print(f"on the hub: {push(Path(report.artifact), options.push)}", soft_wrap=True)
     return CODES[report.verdict.outcome]
-
-
-def _show(text: str, options: argparse.Namespace) -> None:
-    import json
-
-    from pipeline.report import busy_note, check_line, notes, table
-    from pipeline.runner import default_output
-
-    report = json.loads(text)
-    header, rows = table(report, intervals=False)
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column(header[0], no_wrap=True)
-    for name in header[1:]:
-        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
-    out.print()
-    out.print(shown)
-    for stage in report["stages"]:
-        if lines := notes(stage):
-            out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
-    if note := busy_note(report):
-        out.print(f"[yellow]{note}[/]")
-    verdict = report["verdict"]
-    out.print()
-    for check in verdict["checks"]:
-        out.print(f"  [{COLOURS[check['outcome']]}]{escape(check_line(check))}[/]", soft_wrap=True)
-    outcome = verdict["outcome"]
-    out.print(f"[bold {COLOURS[outcome]}]{outcome}[/] against {report['baseline']}")
-    folder = options.output or default_output(options.recipe)
-    kept = "artifact" if outcome == "pass" else "not published, last stage"
-    out.print(f"{kept}: {escape(report['artifact'])}", soft_wrap=True)
-    out.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -245,8 +206,8 @@ def _check_one(path: Path) -> int:
         settings = ", ".join(f"{key} {value}" for key, value in fields.items())
         out.print(f"  {stage}: {escape(settings)}", soft_wrap=True)
     out.print(f"  target: {target.runtime} on {target.device}; baseline: {recipe.baseline}")
-    with _progress() as progress:
-        examples = check(recipe, track=_Bars(progress))
+    with progress() as bars:
+        examples = check(recipe, track=Bars(bars))
     found = ", ".join(f"{split} {count}" for split, count in examples.items())
     out.print(f"  examples: {found}")
     return 0
@@ -272,14 +233,14 @@ def _inspect(options: argparse.Namespace) -> int:
     source = recipe.model.source if recipe else options.model
     found = inspect(resolve(source), options.sequence)
     out.print(f"{escape(source)}: {found.kind}, family {found.family}", soft_wrap=True)
-    _show_parts(found)
-    _show_units(found)
+    show_parts(found)
+    show_units(found)
     if options.per_layer_config:
         options.per_layer_config.write_text(_per_layer_config(resolve(source)))
         out.print(f"configuration: {escape(str(options.per_layer_config))}", soft_wrap=True)
     if recipe and options.scores:
-        with _progress() as progress:
-            scores = head_scores(recipe, track=_Bars(progress))
+        with progress() as bars:
+            scores = head_scores(recipe, track=Bars(bars))
         draw(scores, options.scores)
         out.print(f"scores of the heads: {escape(str(options.scores))}", soft_wrap=True)
     return 0
@@ -296,54 +257,6 @@ def _per_layer_config(source: str) -> str:
         return json.dumps(per_layer.per_layer_config(model), indent=2) + "\n"
     except ValueError as error:
         raise checkpoint.ModelError(f"--per-layer-config: {error}") from error
-
-
-def _show_parts(found: "Inspection") -> None:
-    columns = {"parameters": found.parameters}
-    if found.multiply_adds is not None:
-        columns[f"multiply-adds, 1x{found.sequence}"] = found.multiply_adds
-    parts = Table(box=None, pad_edge=False, header_style="bold")
-    parts.add_column("part", no_wrap=True)
-    for name in columns:
-        parts.add_column(name, justify="right", no_wrap=True)
-        parts.add_column("share", justify="right", no_wrap=True)
-    for part in (*found.parameters, "all"):
-        cells = [part]
-        for counts in columns.values():
-            total = sum(counts.values())
-            count = counts.get(part, total)
-            cells += [f"{count:,}", f"{count / total:.3f}"]
-        parts.add_row(*cells)
-    out.print(parts)
-    if found.uncounted:
-        out.print(f"[yellow]multiply-adds not counted: {escape(found.uncounted)}[/]")
-
-
-def _show_units(found: "Inspection") -> None:
-    if found.refusal:
-        out.print(f"[yellow]cannot be cut: {escape(found.refusal)}[/]", soft_wrap=True)
-        return
-    out.print()
-    for stack in found.stacks:
-        stays = f"; {stack.stays}" if stack.stays else ""
-        text = f"{stack.name}: {stack.left} of {stack.of} layers{stays}"
-        out.print(escape(text), soft_wrap=True)
-    kinds = ("heads", "queries", "neurons")
-    layers = Table(box=None, pad_edge=False, header_style="bold")
-    layers.add_column("can be cut", overflow="fold")
-    for name in kinds:
-        layers.add_column(name, justify="right", no_wrap=True)
-    for layer in found.layers:
-        layers.add_row(escape(layer.name), *(_left(getattr(layer, name)) for name in kinds))
-    out.print(layers)
-
-
-def _left(count: tuple[int, int] | None) -> str:
-    """Return how many units are left, and of how many, if some are gone."""
-    if count is None:
-        return ""
-    left, before = count
-    return str(left) if left == before else f"{left} of {before}"
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -375,34 +288,27 @@ def _convert(options: argparse.Namespace) -> int:
     if options.folder.exists():
         return _say(WRONG, f"{options.folder}: there already, expected a new folder")
     settings = tensorrt.Settings(compute_capabilities=tuple(options.compute_capabilities))
-    with _progress() as progress:
+    with progress() as bars:
         about = convert(
             options.model,
             options.folder,
             batch=options.batch,
             sequence=options.sequence,
             settings=settings,
-            track=_Bars(progress),
+            track=Bars(bars),
         )
-    _show_engine("built", about)
+    show_engine("built", about)
     return 0
 
 
 def _rebuild(options: argparse.Namespace) -> int:
     from pipeline.rebuilding import rebuild
 
-    with _progress() as progress:
-        about = rebuild(options.folder, track=_Bars(progress))
-    _show_engine("rebuilt", about)
+    with progress() as bars:
+        about = rebuild(options.folder, track=Bars(bars))
+    show_engine("rebuilt", about)
     out.print("[yellow]not measured: the verdict in its manifest is the former engine's[/]")
     return 0
-
-
-def _show_engine(done: str, about: Mapping[str, Any]) -> None:
-    library, plan, on = about["library"], about["plan"], about["built_on"]
-    where = on["name"] if on else "no GPU here"
-    text = f"{done}: {library['name']} {library['version']}, {plan['bytes'] / 1e6:.1f} MB, {where}"
-    out.print(escape(text), soft_wrap=True)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -417,27 +323,6 @@ def _doctor(options: argparse.Namespace) -> int:
             shown.add_row("", "", f"[dim]{escape(finding.remedy)}[/]")
     out.print(shown)
     return 0
-
-
-class _Bars:
-    """A `track` that shows a bar for every iteration that lasts."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def __call__(self, items: Iterable[T], what: str, total: int) -> Iterable[T]:
-        yield from self._progress.track(items, total=total, description=what)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-    )
 
 
 def _silence() -> None:

@@ -6,6 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from benchmarks.machine import Unavailable
+from pipeline.checkpoint import first_line
 from pipeline.manifest import MANIFEST, read
 
 
@@ -31,9 +32,8 @@ def push(folder: Path, repository: str) -> str:
             delete_patterns="*",
         )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise Unavailable(
-            f"--push {repository}: the hub did not take it: {reason}; log in with `hf auth login`,"
-            " and run the same command again: nothing is computed anew"
+            f"--push {repository}: the hub did not take it: {first_line(error)}; log in with"
+            " `hf auth login`, and run the same command again: nothing is computed anew"
         ) from error
     return str(commit.commit_url)

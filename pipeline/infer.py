@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 Arrays = dict[str, NDArray[Any]]
@@ -33,6 +32,8 @@ class Model:
     """The model of a folder, open in ONNX Runtime."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
+        import onnxruntime
+
         self.folder = folder
         self.settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         providers = self.settings["providers"]
@@ -46,6 +47,7 @@ class Model:
         self.session = onnxruntime.InferenceSession(file, options, providers=providers)
         if (found := self.session.get_providers()[0]) != providers[0]:
             raise RuntimeError(f"found {found}, expected {providers[0]}")
+        self._inputs = {node.name: node.shape for node in self.session.get_inputs()}
         self._outputs = [output.name for output in self.session.get_outputs()]
 
     def __call__(self, items: Sequence[Any], pairs: Sequence[str] | None = None) -> list[Answer]:
@@ -55,15 +57,15 @@ class Model:
     def run(self, given: Mapping[str, NDArray[Any]]) -> Arrays:
         """Return the graph's outputs; a cache that is not given is empty."""
         fed = {}
-        for node in self.session.get_inputs():
-            if node.name in given:
-                fed[node.name] = given[node.name]
-            elif node.name == "position_ids":
+        for name, shape in self._inputs.items():
+            if name in given:
+                fed[name] = given[name]
+            elif name == "position_ids":
                 seen = np.maximum(np.cumsum(given["attention_mask"], axis=-1) - 1, 0)
-                fed[node.name] = seen[:, -given["input_ids"].shape[1] :]
+                fed[name] = seen[:, -given["input_ids"].shape[1] :]
             else:
-                _, heads, _, width = node.shape
-                fed[node.name] = np.zeros((len(given["input_ids"]), heads, 0, width), np.float32)
+                _, heads, _, width = shape
+                fed[name] = np.zeros((len(given["input_ids"]), heads, 0, width), np.float32)
         return dict(zip(self._outputs, self.session.run(self._outputs, fed), strict=True))
 
     @cached_property

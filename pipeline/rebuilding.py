@@ -13,8 +13,8 @@ from benchmarks import machine
 from benchmarks.accuracy import Track, silent
 from exporters import onnx, tensorrt
 from pipeline.checkpoint import ModelError
-from pipeline.manifest import MANIFEST, file_hash
-from pipeline.store import publish, verify
+from pipeline.manifest import MANIFEST, file_hash, read
+from pipeline.store import publish
 
 
 def rebuild(folder: Path, *, track: Track = silent) -> dict[str, Any]:
@@ -23,17 +23,13 @@ def rebuild(folder: Path, *, track: Track = silent) -> dict[str, Any]:
     The artifact is replaced as a whole, or not at all.
 
     Raises:
-        ModelError: the folder holds no intact artifact with an engine.
+        Damaged: the folder is not what its manifest says.
+        ModelError: it holds no engine, or not the file that it was built from.
         ExportError: the engine cannot be built.
         MissingDependency, NotHere: this machine cannot build it.
     """
     folder = folder.resolve()
-    entry = verify(folder)
-    if entry is None:
-        raise ModelError(
-            f"{folder}: found no artifact whose files are those of its {MANIFEST}, expected one as"
-            " `secateur run` leaves it"
-        )
+    _, known = read(folder)
     if not (folder / tensorrt.ENGINE).is_file():
         raise ModelError(
             f"{folder}: found no {tensorrt.ENGINE}, expected an artifact of `export` with format:"
@@ -55,7 +51,7 @@ def rebuild(folder: Path, *, track: Track = silent) -> dict[str, Any]:
         )
 
     about = {
-        **entry.about,
+        **known,
         "rebuilt": {
             "machine": asdict(machine.describe()),
             "from": {key: before[key] for key in ("library", "built_on", "plan")},

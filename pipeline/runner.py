@@ -90,7 +90,9 @@ def run(
     )
     if not processes.leads():
         return report
-    files = _files(report)
+    text = report.to_json()
+    content = json.loads(text)
+    files = {"report.json": text, "report.md": markdown(content), "report.html": page(content)}
     if passed:
         about = {
             "recipe": report.recipe,
@@ -99,7 +101,6 @@ def run(
             "verdict": asdict(verdict),
             "measured": measured.stages[-1].details.get("measured"),  # if it is not all of this
         }
-        content = json.loads(report.to_json())
         publish(
             lambda folder: artifact.write(folder, work, last, content), output / "artifact", about
         )
@@ -140,8 +141,7 @@ def check_target(recipe: Recipe) -> None:
     target = recipe.target
     for step in recipe.steps:
         if isinstance(step, Export) and step.format == "tensorrt":
-            settings = step.model_dump(exclude={"step", "format"})
-            tensorrt.available(tensorrt.Settings(**settings))
+            tensorrt.available(steps.engine_settings(step))
         if isinstance(step, Quantize) and step.in_torch:
             bnb.library()
     if target.runtime == "onnxruntime":
@@ -183,13 +183,3 @@ def _teacher(step: Prune | Finetune, artifacts: Sequence[Artifact]) -> Artifact 
     training = trained(step)
     name = training.teacher if training is not None else None
     return next((artifact for artifact in artifacts if artifact.name == name), None)
-
-
-def _files(report: Report) -> dict[str, str]:
-    text = report.to_json()
-    content = json.loads(text)
-    return {
-        "report.json": text,
-        "report.md": markdown(content),
-        "report.html": page(content),
-    }

@@ -143,7 +143,7 @@ def engine(work: Work, step: Export, before: Artifact) -> tuple[Entry, Entry]:
     Its profile holds the target's loads and the batches of the evaluation.
     """
     source = export(work, before, standard=True)
-    settings = tensorrt.Settings(**step.model_dump(exclude={"step", "format"}))
+    settings = engine_settings(step)
     library, here = tensorrt.available(settings), tensorrt.gpu()
     axes = _axes(work)
 
@@ -166,6 +166,11 @@ def engine(work: Work, step: Export, before: Artifact) -> tuple[Entry, Entry]:
         "gpu": asdict(here) if here else None,
     }
     return work.make("tensorrt", key, make), source
+
+
+def engine_settings(step: Export) -> tensorrt.Settings:
+    """Return how the step's engine is built."""
+    return tensorrt.Settings(**step.model_dump(exclude={"step", "format"}))
 
 
 def _axes(work: Work) -> dict[str, tuple[int, int, int]]:

@@ -16,10 +16,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
 import yaml
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -380,3 +383,35 @@ def other_task(folder: Path, kind: str, family: str, **changes: object) -> dict[
                   {"step": "quantize"}],
         "budget": {"max_drop": 0.9},
     }  # fmt: skip
+
+
+def multiplying(weight: np.ndarray) -> onnx.ModelProto:
+    """Return the graph of x W."""
+    rows, columns = weight.shape
+    float_info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
+        "g",
+        [float_info("x", TensorProto.FLOAT, ["n", rows])],
+        [float_info("y", TensorProto.FLOAT, ["n", columns])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.fixture(scope="session")
+def built_ahead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
+    """Give a folder with a recipe that was run once without a GPU, and the report."""
+    from pipeline import run
+
+    folder = tmp_path_factory.mktemp("built")
+    path = write_recipe(
+        folder,
+        baseline="original",
+        steps=[
+            {"step": "quantize", "method": "int8-static", "portable": True},
+            {"step": "export", "format": "tensorrt", "compute_capabilities": [8.6]},
+        ],
+        budget={"max_drop": 0.9},
+    )
+    return folder, run(path, folder / "out")

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -15,11 +16,14 @@ from PIL import Image
 from transformers import AutoTokenizer, ViTImageProcessorPil
 
 from benchmarks.tasks import TASKS
+from exporters import ExportError
 from exporters.onnx import triton
 from pipeline import from_pretrained, infer, run
+from pipeline.artifact import try_out
 from pipeline.manifest import Damaged, read, seal
 from pipeline.verification import verify
 
+ROOT = Path(__file__).parents[1]
 WITHOUT_TORCH = (
     "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'datasets')));"
 )
@@ -63,6 +67,24 @@ def test_infer_meets_the_recorded_outputs(published):
     ran = python("infer.py", "--golden", cwd=published)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("golden outputs: difference ")
+
+
+def test_other_outputs_than_a_moment_ago_are_not_published(artifact):
+    recorded = dict(np.load(artifact / "golden.npz"))
+    recorded["output.logits"] += 1
+    np.savez(artifact / "golden.npz", allow_pickle=False, **recorded)
+    with pytest.raises(ExportError, match=r"model.onnx: found outputs that differ by .* from one"):
+        try_out(artifact)
+
+
+def test_verify_says_what_is_not_installed(published):
+    script = (
+        "import sys; sys.modules['onnxruntime'] = None;"
+        f"from pipeline.cli import main; main(['verify', {str(published)!r}])"
+    )
+    ran = python("-c", "import sys; sys.path.insert(0, '.');" + script, cwd=ROOT)
+    assert ran.returncode == 4
+    assert "onnxruntime: not installed" in ran.stderr
 
 
 def test_infer_fails_beside_other_outputs(artifact):
@@ -175,7 +197,7 @@ def test_weights_outside_the_folder_are_told(artifact):
                 entry.value = "../../elsewhere.bin"
     path.write_bytes(graph.SerializeToString())
     seal(artifact, about)
-    with pytest.raises(Damaged, match=r"model.onnx: "):
+    with pytest.raises(Damaged, match=r"model.onnx: not a sound graph: .*elsewhere.bin"):
         verify(artifact)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from conftest import tiny, write_recipe
+from conftest import multiplying, tiny, write_recipe
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -19,7 +19,7 @@ from benchmarks.data import DataError
 from benchmarks.machine import describe
 from exporters import onnx as exporter
 from exporters.onnx.graph import store
-from pipeline import migration, mixed, prune_heads, prune_neurons, units, weight_only
+from pipeline import migration, prune_heads, prune_neurons, units
 from pipeline.quantization import (
     METHODS,
     Options,
@@ -324,81 +324,6 @@ def test_the_scale_of_a_channel_is_that_of_the_paper(tmp_path, strength):
     divisor = next(i for i in graph.graph.initializer if i.name == "x.divisor")
     expected = np.array([2.0, 8.0]) ** strength / np.array([2.0, 0.25]) ** (1 - strength)
     np.testing.assert_allclose(1 / numpy_helper.to_array(divisor), expected, rtol=1e-6)
-
-
-def multiplying(weight: np.ndarray) -> onnx.ModelProto:
-    """Return the graph of x W."""
-    rows, columns = weight.shape
-    float_info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"], name="product")],
-        "g",
-        [float_info("x", TensorProto.FLOAT, ["n", rows])],
-        [float_info("y", TensorProto.FLOAT, ["n", columns])],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-
-
-def test_codes_and_scales_by_hand():
-    weight = np.array([[127.0, -1.0], [-63.4, 0.5], [0.0, 0.0]], np.float32)
-    codes, scales = weight_only.rounded(weight, 0)
-    np.testing.assert_allclose(scales, [[1.0, 1 / 127]], rtol=1e-6)
-    assert codes.tolist() == [[127, -127], [-63, 64], [0, 0]]
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_gptq_loses_less_of_the_outputs_than_rounding(symmetric):
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(400, 48)) @ generator.normal(size=(48, 48))
-    weight = generator.normal(size=(48, 20))
-
-    def lost(gram):
-        codes, scales, zeros = weight_only.gptq(weight, gram, 16, symmetric=symmetric)
-        assert codes.max() <= 15
-        spread = [np.repeat(part, 16, axis=0) for part in (scales, zeros)]
-        return np.linalg.norm(x @ (spread[0] * (codes.astype(float) - spread[1]) - weight))
-
-    assert lost(x.T @ x / len(x)) < 0.8 * lost(np.eye(48))  # nothing follows from uncorrelated rows
-
-
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of torch, in hqq
-@pytest.mark.parametrize("algorithm", ["rtn", "hqq", "k-quant", "gptq"])
-def test_blocks_multiply_as_the_matrix_does(tmp_path, algorithm):
-    generator = np.random.default_rng(0)
-    weight = generator.normal(size=(72, 20)).astype(np.float32)  # 4.5 blocks: the last is padded
-    x = generator.normal(size=(100, 72)).astype(np.float32)
-    graph = weight_only.blockwise(
-        multiplying(weight), 4, algorithm, 16, frozenset(), symmetric=False,
-        calibration=lambda: iter([{"x": x}]),
-    )  # fmt: skip
-    store(graph, tmp_path / "q.onnx")
-    found = exporter.predictor(tmp_path / "q.onnx", device="cpu", threads=1)({"x": x})["y"]
-    # 16 normal weights span about 3.5 deviations in 15 steps: an error of a sqrt(12)th of a step.
-    error = np.linalg.norm(found - x @ weight) / np.linalg.norm(x @ weight)
-    assert 0.02 < error < 0.1
-
-
-def test_dead_weights_have_a_scale_all_the_same():
-    codes, scales = weight_only.rounded(np.zeros((2, 3), np.float32), 1)
-    assert not codes.any()
-    assert (scales > 0).all()
-
-
-def test_layers_that_lose_most_are_left_out_until_it_is_enough():
-    harm = {"a": 0.001, "b": 0.02, "c": 0.005}
-
-    def measure(left):
-        lost = sum(harm[name] for name in harm.keys() - left)
-        return mixed.Loss(lost, 10 * lost)
-
-    assert mixed.leave_out([*harm], measure, 0.03)[0] == ()
-    assert mixed.leave_out([*harm], measure, 0.01)[0] == ("b",)
-    left, alone = mixed.leave_out([*harm], measure, 0.001)
-    assert left == ("b", "c")
-    assert alone == pytest.approx({name: 10 * lost for name, lost in harm.items()})
-    with pytest.raises(mixed.OutOfReach, match=r"found a loss of 0\.001 at least"):
-        mixed.leave_out([*harm], measure, 0.0005)
 
 
 def recipe(folder, calibration="train[700:800]", **quantize):

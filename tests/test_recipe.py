@@ -194,3 +194,105 @@ def test_a_recipe_with_anything_in_it_is_read_or_refused(data, tmp_path_factory)
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     with suppress(RecipeError):
         assert isinstance(Recipe.from_yaml(path), Recipe)
+
+
+ENGINE = {"step": "export", "format": "tensorrt"}
+ON_GPU = {"device": "cuda", "runtime": "tensorrt"}
+
+
+def quantized(method, **options):
+    return [{"step": "quantize", "method": method, **options}, ENGINE]
+
+
+TO_ENGINE = GOOD | {"steps": quantized("fp16")}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"target": ON_GPU},
+        {
+            "steps": [
+                {"step": "prune", "heads": 0.1},
+                ENGINE | {"compute_capabilities": [8.6, 12.0]},
+            ]
+        },
+        {"steps": quantized("int8-static", portable=True, embeddings=True)},
+        {"steps": quantized("int8-weights", portable=True)},
+        {"steps": quantized("int4-weights", portable=True, symmetric=True)},
+        {"steps": quantized("bf16"), "target": ON_GPU},
+        {"steps": quantized("bf16"), "target": {"device": "cuda"}},
+        {
+            "steps": [
+                ENGINE | {"version_compatible": True, "timing_cache": "c", "workspace_bytes": 1}
+            ]
+        },
+    ],
+)
+def test_orders_that_an_engine_can_follow_are_taken(changes):
+    recipe = Recipe.model_validate(TO_ENGINE | changes)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"steps": quantized("int8-dynamic")},
+            r"steps\.1: TensorRT cannot read steps\.0: found int8-dynamic, .*expected fp16 or bf16",
+        ),
+        (
+            {"steps": quantized("int8-static")},
+            r"steps\.1: TensorRT cannot read steps\.0: found int8-static as .*`portable: true`",
+        ),
+        ({"steps": quantized("int4-weights")}, "found int4-weights as ONNX Runtime alone reads it"),
+        (
+            {"steps": quantized("int4-weights", portable=True, symmetric=False)},
+            "found int4-weights with zero points, expected no `symmetric: false`",
+        ),
+        (
+            {"steps": [{"step": "export"}, ENGINE]},
+            r"steps\.1: an engine starts from a graph of standard operators, found .*leave that",
+        ),
+        (
+            {"steps": [ENGINE, {"step": "quantize"}]},
+            r"steps\.0: nothing starts from an engine, found quantize after it; move it before",
+        ),
+        (
+            {"steps": [{"step": "export", "compute_capabilities": [8.6], "workspace_bytes": 9}]},
+            r"found \['workspace_bytes', 'compute_capabilities'\] with format onnx, expected",
+        ),
+        (
+            {"steps": [ENGINE | {"compute_capabilities": [8.6], "version_compatible": True}]},
+            "found `compute_capabilities`, of TensorRT for RTX, and `version_compatible`",
+        ),
+        ({"steps": quantized("bf16")}, r"steps\.0: ONNX Runtime has no bf16 products on the CPU"),
+        (
+            {"steps": quantized("bf16", max_drop=0.1), "target": ON_GPU},
+            r"steps\.0: its limit is measured on the CPU, expected none with bf16",
+        ),
+        (
+            {"target": {"runtime": "tensorrt"}},
+            r"target\.device: found cpu, expected cuda, where engines run; with runtime: onnxrunt",
+        ),
+        (
+            {"target": ON_GPU, "steps": [{"step": "prune", "heads": 0.1}]},
+            r"target\.runtime: found tensorrt, expected `export` with format: tensorrt as last",
+        ),
+        (
+            {"target": ON_GPU, "steps": [{"step": "prune", "goal": {"speedup": 2}}, ENGINE]},
+            r"steps\.0\.goal: found a goal of time, which would need an engine",
+        ),
+        (
+            {
+                "task": GOOD["task"] | {"kind": "causal-lm"},
+                "budget": {"max_perplexity_ratio": 1.1},
+            },
+            r"steps\.1: causal-lm gives a graph with a key-value cache, .*expected format: onnx",
+        ),
+    ],
+)
+def test_orders_that_an_engine_cannot_follow_are_refused(tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        read(tmp_path, TO_ENGINE | changes)

@@ -7,30 +7,23 @@ read from what TensorRT documents of its inspector.
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-import yaml
-from conftest import secateur, tiny, write_model, write_recipe
+from conftest import tiny, write_recipe
 from onnx import TensorProto, helper
 
 from exporters import ExportError, MissingDependency, NotHere, tensorrt
 from exporters import onnx as exporter
-from exporters.tensorrt import precisions
 from exporters.tensorrt.engine import invalid, layers, refuse_shapes, runs_here
 from exporters.tensorrt.library import Gpu, library
-from pipeline import prune_heads, prune_neurons, save_pretrained
-from pipeline.checkpoint import ModelError
-from pipeline.manifest import MANIFEST, read, seal
+from pipeline import prune_heads, prune_neurons
 from pipeline.quantization import Options, quantize
-from pipeline.rebuilding import rebuild
-from pipeline.recipe import Recipe, RecipeError
+from pipeline.recipe import Recipe
 from pipeline.runner import check_target, run
 from pipeline.store import verify
 
@@ -212,54 +205,6 @@ def test_shapes_outside_the_profile_are_refused(engine, shape):
         refuse_shapes(about, {"input_ids": np.zeros((2, 16), np.int64)})
 
 
-def layer(kind: str, tactic: str, types: list[str], key: str = "Format/Datatype", **more) -> dict:
-    """Return a layer as an engine's inspector tells it in detail (see `precisions.found`)."""
-    tensors = [{"Name": f"t{at}", "Dimensions": [8, 64], key: x} for at, x in enumerate(types)]
-    named = {"Name": tactic, "LayerType": kind, "TacticName": tactic}
-    return named | {"Inputs": tensors, "Outputs": tensors[:1]} | more
-
-
-# The one that NVIDIA's documentation of the inspector shows, shortened.
-DOCUMENTED = layer(
-    "CaskConvolution",
-    "sm80_xmma_fprop_implicit_gemm_interleaved_i8i8_i8i32_f32_nchw_vect_c_32kcrs_vect_c_32_nchw",
-    ["Thirty-two wide channel vectorized row major Int8 format."],
-    Weights={"Type": "Int8", "Count": 131072},
-)
-HALF = layer("gemm", "sm80_xmma_gemm_f16f16_f16f32_f32_tn_n", ["Half", "Half", "Float"])
-BF16 = layer("gemm", "sm80_xmma_gemm_bf16bf16", ["BFloat16", "BFloat16"], key="DataType")
-FP32 = layer("MatrixMultiply", "sm80_xmma_gemm_f32f32_tf32f32", ["Row major linear FP32"] * 2)
-INT4 = layer("fusion", "weight_only_gemm", ["Half", "Int4"], key="DataType")
-NORM = layer("kgen", "__myl_MeanSubMulMeanAddSqrDivMul", ["Float", "Float"])
-
-
-def told(*layers) -> str:
-    return json.dumps({"Layers": list(layers), "Bindings": ["input_ids", "logits"]})
-
-
-def test_the_precisions_of_heavy_layers_are_read():
-    text = told(DOCUMENTED, HALF, HALF, BF16, FP32, INT4, NORM)
-    assert precisions.found(text) == {"bf16": 1, "fp16": 2, "fp32": 1, "int4": 1, "int8": 1}
-    precisions.audit({"int8": 14, "fp32": 4}, told(DOCUMENTED, FP32, FP32, NORM))
-    precisions.audit({"fp16": 18}, told(HALF, NORM))
-    precisions.audit({"bf16": 18}, told(BF16, NORM))
-
-
-@pytest.mark.parametrize(
-    ("asked", "layers", "message"),
-    [
-        ({"int8": 14, "fp32": 4}, [FP32, NORM], r"found no int8 layer among 1 fp32, .*the 14 that"),
-        ({"int4": 14}, [HALF], "found no int4 layer among 1 fp16, expected .*folded away"),
-        ({"fp16": 18}, [HALF, FP32, NORM], "found 1 products in fp32, expected at most 0 as in .*"),
-        ({"fp16": 18}, [NORM], "found no product with a type among its layers"),
-        ({"fp32": 18}, ["names", "alone"], "found no product with a type among its layers"),
-    ],
-)
-def test_an_engine_that_is_not_what_was_asked_for_is_refused(asked, layers, message):
-    with pytest.raises(ExportError, match=message):
-        precisions.audit(asked, told(*layers))
-
-
 def test_a_plan_that_was_changed_is_refused_before_all_else(tmp_path, engine):
     """Without a GPU an intact engine is refused too, but later: the hash comes first."""
     shutil.copytree(engine, tmp_path, dirs_exist_ok=True)
@@ -357,141 +302,16 @@ def test_a_missing_library_names_the_extra(monkeypatch, name, extra):
         library(name)
 
 
-GOOD = {
-    "model": {"source": "folder"},
-    "task": {
-        "kind": "text-classification",
-        "data": "data.csv",
-        "splits": {"train": "train[:80%]", "calibration": "train[80%:90%]", "gate": "train[90%:]"},
-    },
-    "steps": [{"step": "quantize", "method": "fp16"}, {"step": "export", "format": "tensorrt"}],
-    "budget": {"max_drop": 0.01},
-}
-ENGINE = {"step": "export", "format": "tensorrt"}
-ON_GPU = {"device": "cuda", "runtime": "tensorrt"}
-
-
-def quantized(method, **options):
-    return [{"step": "quantize", "method": method, **options}, ENGINE]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"target": ON_GPU},
-        {
-            "steps": [
-                {"step": "prune", "heads": 0.1},
-                ENGINE | {"compute_capabilities": [8.6, 12.0]},
-            ]
-        },
-        {"steps": quantized("int8-static", portable=True, embeddings=True)},
-        {"steps": quantized("int8-weights", portable=True)},
-        {"steps": quantized("int4-weights", portable=True, symmetric=True)},
-        {"steps": quantized("bf16"), "target": ON_GPU},
-        {"steps": quantized("bf16"), "target": {"device": "cuda"}},
-        {
-            "steps": [
-                ENGINE | {"version_compatible": True, "timing_cache": "c", "workspace_bytes": 1}
-            ]
-        },
-    ],
-)
-def test_orders_that_work_are_taken(changes):
-    recipe = Recipe.model_validate(GOOD | changes)
-    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"steps": quantized("int8-dynamic")},
-            r"steps\.1: TensorRT cannot read steps\.0: found int8-dynamic, .*expected fp16 or bf16",
-        ),
-        (
-            {"steps": quantized("int8-static")},
-            r"steps\.1: TensorRT cannot read steps\.0: found int8-static as .*`portable: true`",
-        ),
-        ({"steps": quantized("int4-weights")}, "found int4-weights as ONNX Runtime alone reads it"),
-        (
-            {"steps": quantized("int4-weights", portable=True, symmetric=False)},
-            "found int4-weights with zero points, expected no `symmetric: false`",
-        ),
-        (
-            {"steps": [{"step": "export"}, ENGINE]},
-            r"steps\.1: an engine starts from a graph of standard operators, found .*leave that",
-        ),
-        (
-            {"steps": [ENGINE, {"step": "quantize"}]},
-            r"steps\.0: nothing starts from an engine, found quantize after it; move it before",
-        ),
-        (
-            {"steps": [{"step": "export", "compute_capabilities": [8.6], "workspace_bytes": 9}]},
-            r"found \['workspace_bytes', 'compute_capabilities'\] with format onnx, expected",
-        ),
-        (
-            {"steps": [ENGINE | {"compute_capabilities": [8.6], "version_compatible": True}]},
-            "found `compute_capabilities`, of TensorRT for RTX, and `version_compatible`",
-        ),
-        ({"steps": quantized("bf16")}, r"steps\.0: ONNX Runtime has no bf16 products on the CPU"),
-        (
-            {"steps": quantized("bf16", max_drop=0.1), "target": ON_GPU},
-            r"steps\.0: its limit is measured on the CPU, expected none with bf16",
-        ),
-        (
-            {"target": {"runtime": "tensorrt"}},
-            r"target\.device: found cpu, expected cuda, where engines run; with runtime: onnxrunt",
-        ),
-        (
-            {"target": ON_GPU, "steps": [{"step": "prune", "heads": 0.1}]},
-            r"target\.runtime: found tensorrt, expected `export` with format: tensorrt as last",
-        ),
-        (
-            {"target": ON_GPU, "steps": [{"step": "prune", "goal": {"speedup": 2}}, ENGINE]},
-            r"steps\.0\.goal: found a goal of time, which would need an engine",
-        ),
-        (
-            {
-                "task": GOOD["task"] | {"kind": "causal-lm"},
-                "budget": {"max_perplexity_ratio": 1.1},
-            },
-            r"steps\.1: causal-lm gives a graph with a key-value cache, .*expected format: onnx",
-        ),
-    ],
-)
-def test_orders_that_cannot_work_are_refused_when_read(tmp_path, changes, message):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(deepcopy(GOOD | changes)))
-    with pytest.raises(RecipeError, match=message):
-        Recipe.from_yaml(path)
-
-
 def test_a_gpu_that_is_not_known_is_refused_before_the_first_step():
-    steps = [ENGINE | {"compute_capabilities": [9.0]}]
+    steps = [{"step": "export", "format": "tensorrt", "compute_capabilities": [9.0]}]
+    task = {"kind": "text-classification", "data": "x", "splits": {"gate": "train"}}
+    content = {"model": {"source": "x"}, "task": task, "steps": steps, "budget": {"max_size": 1}}
     with pytest.raises(NotHere, match=r"compute_capabilities: found 9\.0, expected some of"):
-        check_target(Recipe.model_validate(GOOD | {"steps": steps}))
+        check_target(Recipe.model_validate(content))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Give a folder with a recipe that was run once without a GPU, and the report."""
-    folder = tmp_path_factory.mktemp("finished")
-    path = write_recipe(
-        folder,
-        baseline="original",
-        steps=[
-            {"step": "quantize", "method": "int8-static", "portable": True},
-            ENGINE | {"compute_capabilities": [8.6]},
-        ],
-        budget={"max_drop": 0.9},
-    )
-    return folder, run(path, folder / "out")
-
-
-def test_an_engine_that_was_not_run_is_not_said_to_be_measured(finished):
-    folder, report = finished
+def test_an_engine_that_was_not_run_is_not_said_to_be_measured(built_ahead):
+    folder, report = built_ahead
     _, quantize_stage, engine_stage = report.stages
     assert (engine_stage.format, engine_stage.runtime) == ("tensorrt", "onnxruntime")
     assert engine_stage.gain_note.endswith("it was built from, in ONNX Runtime")
@@ -513,47 +333,6 @@ def test_an_engine_that_was_not_run_is_not_said_to_be_measured(finished):
     # The one load is 2x16; batches of the evaluation have 32 windows, of 16 tokens at most.
     shapes = {"min": [1, 1], "opt": [2, 16], "max": [32, 16]}
     assert engine_stage.details["profile"]["input_ids"] == shapes
-
-
-def test_an_artifact_is_rebuilt_as_a_whole(tmp_path, finished):
-    folder, _ = finished
-    artifact = tmp_path / "artifact"
-    shutil.copytree(folder / "out" / "artifact", artifact)
-    before = verify(artifact)
-    done = secateur("rebuild", artifact)
-    assert done.returncode == 0, done.stderr
-    assert "rebuilt: tensorrt_rtx" in done.stdout
-    assert "not measured" in done.stdout
-    after = verify(artifact)
-    assert after.about["verdict"] == before.about["verdict"]
-    assert after.about["rebuilt"]["verdict"].startswith("that of the engine before")
-    about = tensorrt.described(artifact)
-    plan = (artifact / tensorrt.PLAN).read_bytes()
-    assert about["plan"]["sha256"] == hashlib.sha256(plan).hexdigest()
-    assert about["settings"]["compute_capabilities"] == [8.6]
-    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
-
-
-def test_what_cannot_be_rebuilt_is_left_as_it_is(tmp_path, finished):
-    folder, _ = finished
-    artifact = tmp_path / "artifact"
-    shutil.copytree(folder / "out" / "artifact", artifact)
-    about = verify(artifact).about
-    graph = artifact / "onnx" / "model.onnx"
-    graph.write_bytes(graph.read_bytes() + b"\0")
-    done = secateur("rebuild", artifact)
-    assert done.returncode == 2
-    assert f"found no artifact whose files are those of its {MANIFEST}" in done.stderr
-    seal(artifact, about)
-    with pytest.raises(ModelError, match=r"model\.onnx: not the file that the engine was built"):
-        rebuild(artifact)
-    assert verify(artifact) is not None
-    shutil.rmtree(artifact / "tensorrt")
-    seal(artifact, about)
-    with pytest.raises(
-        ModelError, match=r"found no tensorrt/engine\.json, expected an artifact of"
-    ):
-        rebuild(artifact)
 
 
 @pytest.mark.gpu
@@ -580,8 +359,13 @@ def test_an_engine_is_measured_itself_on_a_gpu(tmp_path):
     path = write_recipe(
         tmp_path,
         baseline="original",
-        target={**ON_GPU, "loads": [{"batch": 2, "sequence": 16}], "rounds": 6},
-        steps=quantized("fp16"),
+        target={
+            "device": "cuda",
+            "runtime": "tensorrt",
+            "loads": [{"batch": 2, "sequence": 16}],
+            "rounds": 6,
+        },
+        steps=[{"step": "quantize", "method": "fp16"}, {"step": "export", "format": "tensorrt"}],
         budget={"max_drop": 0.9},
     )
     report = run(path, tmp_path / "out")
@@ -601,22 +385,3 @@ def test_a_timing_cache_is_written_and_used_again(tmp_path, graph):
     cache.write_bytes(b"not a cache")
     with pytest.raises(ExportError, match="a timing cache of another GPU or version; remove it"):
         build(graph("fp16"), tmp_path / "third", settings)
-
-
-def test_optimum_cli_builds_an_engine_of_a_model_that_was_cut(tmp_path):
-    model = write_model(tmp_path / "model")
-    prune_heads(model, {1: [0]})
-    save_pretrained(model, tmp_path / "model")
-    program = Path(sys.executable).with_name("optimum-cli")
-    command = [program, "export", "tensorrt", tmp_path / "model", tmp_path / "engine",
-               "--sequence", "1", "16", "64", "--compute-capabilities", "8.6"]  # fmt: skip
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith("built: tensorrt_rtx")
-    about, _ = read(tmp_path / "engine")
-    assert {"tensorrt/model.plan", "tensorrt/engine.json", "onnx/model.onnx"} <= about.keys()
-    engine = json.loads((tmp_path / "engine" / "tensorrt" / "engine.json").read_text())
-    assert engine["profile"]["input_ids"]["max"] == [32, 64]
-    again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert again.returncode == 2
-    assert "there already, expected a new folder" in again.stderr

@@ -22,6 +22,8 @@ from exporters.tensorrt.progress import Track, built, silent
 Shapes = Mapping[str, Mapping[str, list[int]]]
 """Input -> `min`, `opt`, `max` -> its shape."""
 
+UNOPENED: Final = "the engine cannot be opened on the machine that built it"
+"""Why the precisions of an engine's layers are not known."""
 MESSAGES: Final = 3
 """So many of a library's errors are shown; the first ones say what is wrong."""
 
@@ -160,10 +162,10 @@ def build(
             "version_compatible": settings.version_compatible,
             "compute_capabilities": list(settings.compute_capabilities),
         },
-        "precisions": {"asked": precisions.asked(path), "found": None},
+        "precisions": {"asked": precisions.asked(path), "found": None, "unread": UNOPENED},
     }
     if here is not None and runs_here(about, here) and not invalid(trt, memoryview(plan)):
-        about["precisions"]["found"] = _audited(trt, about, memoryview(plan))
+        about["precisions"] |= _audited(trt, about, memoryview(plan))
     (folder / ENGINE).write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
     return about
 
@@ -217,8 +219,8 @@ def _timing_cache(config: Any, path: str | None) -> Any:
     return cache
 
 
-def _audited(trt: Any, about: Mapping[str, Any], plan: memoryview) -> dict[str, int] | None:
-    """Return the precisions of the engine's layers, which are those of the graph.
+def _audited(trt: Any, about: Mapping[str, Any], plan: memoryview) -> dict[str, Any]:
+    """Return the precisions `found` of the engine's layers, which are those of the graph.
 
     TensorRT for RTX compiles its kernels when an engine first runs; if it tells no types before
     that, there are none to compare.
@@ -226,9 +228,9 @@ def _audited(trt: Any, about: Mapping[str, Any], plan: memoryview) -> dict[str, 
     text = layers(trt, about, plan)
     found = precisions.found(text)
     if not found and trt.__name__ == RTX:
-        return None
+        return {"unread": "TensorRT for RTX tells no types of the layers before they ran"}
     precisions.audit(about["precisions"]["asked"], text)
-    return found
+    return {"found": found, "unread": None}
 
 
 def _tensors(get: Callable[[int], Any], count: int) -> dict[str, Any]:
