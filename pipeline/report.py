@@ -168,8 +168,16 @@ def busy_note(report: Mapping[str, Any]) -> str:
     )
 
 
+SAME: Final = "the same file as the stage before"
+"""What is said of a step that found its work done."""
+SHOWN: Final = 50_000
+"""Bytes of a part from which on it is listed."""
+
+
 def notes(stage: Mapping[str, Any]) -> list[str]:
     """Return what a step gained, what a quantization changed, and where the bytes are now."""
+    if stage["gain_note"] == SAME:
+        return [SAME]
     details, changed = stage["details"], list[str]()
     if "quantized_nodes" in details:
         changed.append(f"{details['quantized_nodes']} nodes quantized")
@@ -178,7 +186,8 @@ def notes(stage: Mapping[str, Any]) -> list[str]:
         if details.get("left"):
             changed.append(f"left as they were: {', '.join(details['left'])}")
     parts = details.get("bytes_by_part", {}) if stage["gain_note"] else {}
-    sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in parts.items() if size)
+    largest = sorted(parts.items(), key=lambda item: -item[1])
+    sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in largest if size >= SHOWN)
     return [line for line in (stage["gain_note"], ", ".join(changed), sizes) if line]
 
 

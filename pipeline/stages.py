@@ -17,7 +17,7 @@ from benchmarks.accuracy import Outcomes, fidelity
 from exporters import onnx, tensorrt
 from pipeline import measuring, prices, steps
 from pipeline.measuring import Alone, Bench
-from pipeline.report import Load, Score, Stage, shape
+from pipeline.report import SAME, Load, Score, Stage, shape
 from pipeline.settings import Export
 from pipeline.store import Entry
 from pipeline.work import Artifact, Work
@@ -154,7 +154,7 @@ def _gain_note(before: Stage, stage: Stage) -> str:
     if trained:
         gains.append(f"{stage.score.metric} {stage.score.value - before.score.value:+.4f}")
     if stage.folder == before.folder:
-        return "the same file as the stage before"
+        return SAME
     foreseen = _predicted(stage)
     note = ", ".join(gains) if gains else "no gain in latency, memory or size on this target"
     if _not_run(stage.format, stage.runtime):

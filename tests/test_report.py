@@ -3,6 +3,7 @@
 import json
 
 from pipeline.report import (
+    SAME,
     Check,
     Load,
     Report,
@@ -12,6 +13,7 @@ from pipeline.report import (
     busy_note,
     check_line,
     markdown,
+    notes,
     shape,
     table,
 )
@@ -86,3 +88,19 @@ def test_a_busy_machine_is_said():
 def test_a_load_is_named_by_its_shape():
     assert shape({"batch": 8, "sequence": 128}) == "8x128"
     assert shape({"batch": 8, "sequence": None}) == "batch 8"
+
+
+def test_what_a_quantization_changed_is_told_with_the_largest_part_first():
+    details = {
+        "quantized_nodes": 29,
+        "reduce_range": True,
+        "left": ["layer.3"],
+        "bytes_by_part": {"attention": 2_400_000, "embeddings": 11_900_000, "rest": 100},
+    }
+    stage = {"gain_note": "size 0.25x", "details": details}
+    assert notes(stage) == [
+        "size 0.25x",
+        "29 nodes quantized, weights of 7 bits, left as they were: layer.3",
+        "embeddings 11.9 MB, attention 2.4 MB",
+    ]
+    assert notes(stage | {"gain_note": SAME}) == [SAME]
