@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.tasks import Array, Arrays, Example, Judgement, Task, collate
+from benchmarks.examples import Array, Arrays, Example, Judgement, collate
+from benchmarks.tasks import Task
 from benchmarks.worker import InProcess, Worker
 
 BATCH: Final = 32

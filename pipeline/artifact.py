@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.tasks import Arrays, collate
+from benchmarks.examples import Arrays, collate
 from benchmarks.worker import Predictor
 from exporters import ExportError, onnx
 from exporters.onnx import triton

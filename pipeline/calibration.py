@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
-from benchmarks.tasks import IGNORED, Example, collate
+from benchmarks.examples import IGNORED, Example, collate
 
 Batch = dict[str, Tensor]
 BATCH: Final = 16

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from benchmarks.tasks import IGNORED
+from benchmarks.examples import IGNORED
 
 
 @dataclass(frozen=True)

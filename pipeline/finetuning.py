@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.accuracy import Track, silent
-from benchmarks.tasks import Arrays, Example, collate
+from benchmarks.examples import Arrays, Example, collate
 from pipeline import processes
 from pipeline.distillation import Teacher, loss
 

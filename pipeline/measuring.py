@@ -15,7 +15,8 @@ import numpy as np
 
 from benchmarks import machine, speed
 from benchmarks.accuracy import Outcomes, Track, evaluate
-from benchmarks.tasks import Arrays, Example, Task
+from benchmarks.examples import Arrays, Example
+from benchmarks.tasks import Task
 from benchmarks.worker import Worker
 from exporters import tensorrt
 from pipeline.openers import OPENERS

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, set_seed
 from benchmarks import metrics
 from benchmarks.accuracy import BATCH, Outcomes, evaluate, fidelity, once
 from benchmarks.data import DataError
-from benchmarks.tasks import Arrays, collate
+from benchmarks.examples import Arrays, collate
 from benchmarks.worker import InProcess
 from exporters import onnx, tensorrt
 from pipeline import bnb, calibration, checkpoint, mixed, parts, quantization, sources

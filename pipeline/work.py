@@ -19,17 +19,9 @@ from benchmarks import machine
 from benchmarks.accuracy import Track, once
 from benchmarks.data import WANTED, Row
 from benchmarks.data import load as load_data
+from benchmarks.examples import Array, Arrays, Example, collate, padding, with_decoder_inputs
 from benchmarks.machine import Unavailable
-from benchmarks.tasks import (
-    TASKS,
-    Array,
-    Arrays,
-    Example,
-    collate,
-    label_names,
-    padding,
-    with_decoder_inputs,
-)
+from benchmarks.tasks import TASKS, label_names
 from pipeline import (
     checkpoint,
     depth,

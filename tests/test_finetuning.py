@@ -11,7 +11,8 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from benchmarks.accuracy import silent
-from benchmarks.tasks import TASKS, padding
+from benchmarks.examples import padding
+from benchmarks.tasks import TASKS
 from pipeline import prune_heads
 from pipeline.distillation import Teacher, distillation, hidden_distance, loss
 from pipeline.finetuning import TrainingError, _share, finetune

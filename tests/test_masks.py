@@ -5,7 +5,8 @@ import torch
 from conftest import sentences, tiny, write_model
 from transformers import AutoTokenizer
 
-from benchmarks.tasks import TASKS, padding
+from benchmarks.examples import padding
+from benchmarks.tasks import TASKS
 from pipeline import masks, structure
 from pipeline.finetuning import finetune
 

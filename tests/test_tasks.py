@@ -7,16 +7,8 @@ from PIL import Image
 from transformers import AutoTokenizer, ViTImageProcessorPil
 
 from benchmarks.data import DataError
-from benchmarks.tasks import (
-    IGNORED,
-    TASKS,
-    Example,
-    Window,
-    collate,
-    label_names,
-    padding,
-    with_decoder_inputs,
-)
+from benchmarks.examples import IGNORED, Example, Window, collate, padding, with_decoder_inputs
+from benchmarks.tasks import TASKS, label_names
 
 ID = "0" * 64
 

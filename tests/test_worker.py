@@ -10,8 +10,9 @@ import pytest
 
 from benchmarks import worker as workers
 from benchmarks.accuracy import Outcomes, evaluate, fidelity
+from benchmarks.examples import Example, Window
 from benchmarks.speed import compare, percentiles, ratio
-from benchmarks.tasks import TASKS, Example, Window
+from benchmarks.tasks import TASKS
 from benchmarks.worker import Worker, WorkerError, next_token
 
 # Predictors of known cost and behaviour, opened in the worker by name.
