@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on a real model, on CPU
-# make test   the tests
+# make test   the tests, those of a file in one process: what they export is made once
 # make check  formatter, linters, types, layers, recipes
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/secateur run configs/quickstart.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -30,15 +30,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let a file's tests run in one process, which then makes its exports once; but the largest."""
-    for item in items:
-        if item.path.stem != "test_families":
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 3,

@@ -28,7 +28,14 @@ from pipeline.checkpoint import ModelError
 def test_an_interrupt_ends_with_130(tmp_path):
     path = write_recipe(tmp_path)
     command = [sys.executable, "-m", "pipeline", "run", path, "--output", tmp_path / "out"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore interrupts, and so does what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     while not list((tmp_path / "out" / "stages").glob("original-*")):
         assert process.poll() is None
         time.sleep(0.01)
