@@ -11,7 +11,7 @@ from typing import Any, Final
 from huggingface_hub import EvalResult, ModelCardData
 
 from pipeline.infer import ANSWERS
-from pipeline.report import check_line, evidence, stage_table
+from pipeline.report import check_line, evidence, stage_table, step_words
 
 PIPELINES: Final = {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}
 """The hub's name of a task, where it is another."""
@@ -48,7 +48,7 @@ def card(report: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> s
         pipeline_tag=task,
         tags=["secateur", *sorted({step["step"] for step in recipe["steps"]})],
     )
-    steps = "\n".join(f"1. {_step(step)}" for step in recipe["steps"])
+    steps = "\n".join(f"1. {step_words(step)}" for step in recipe["steps"])
     checks = "\n".join(f"- {check_line(check)}" for check in report["verdict"]["checks"])
     use = {"onnxruntime": _ONNX, "tensorrt": _TENSORRT, "torch": _TORCH}[runtime]
     if runtime == "onnxruntime" and settings["task"] in ANSWERS:
@@ -89,15 +89,6 @@ manifest.json holds the sha256 of every file, the recipe, what the source was, t
 versions, and the verdict. On the recorded inputs (golden.npz), another machine should come within
 {settings["tolerance"]:.1e} of the largest output.
 """
-
-
-def _step(step: Mapping[str, Any]) -> str:
-    settings = ", ".join(
-        f"{key} {value}"
-        for key, value in step.items()
-        if key != "step" and value not in (None, False, 0.0)
-    )
-    return f"{step['step']}: {settings}" if settings else step["step"]
 
 
 _INFER = """    pip install onnxruntime numpy tokenizers    (of images: pillow, no tokenizers)

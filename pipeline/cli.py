@@ -196,15 +196,14 @@ def _check(options: argparse.Namespace) -> int:
 
 def _check_one(path: Path) -> int:
     from pipeline.recipe import Recipe
+    from pipeline.report import step_words
     from pipeline.runner import check
 
     recipe = Recipe.from_yaml(path)
     target, name = recipe.target, escape(str(path))
     out.print(f"{name}: {escape(recipe.model.source)}, {recipe.task.kind}", soft_wrap=True)
     for stage, step in zip(recipe.stage_names, recipe.steps, strict=True):
-        fields = step.model_dump(exclude={"step"}, exclude_none=True)
-        settings = ", ".join(f"{key} {value}" for key, value in fields.items())
-        out.print(f"  {stage}: {escape(settings)}", soft_wrap=True)
+        out.print(f"  {stage}: {escape(step_words(step.model_dump()))}", soft_wrap=True)
     out.print(f"  target: {target.runtime} on {target.device}; baseline: {recipe.baseline}")
     with progress() as bars:
         examples = check(recipe, track=Bars(bars))

@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import yaml
 
 from pipeline.plots import baseline, draw
-from pipeline.report import check_line, notes, shape
+from pipeline.report import check_line, notes, shape, step_words
 
 Json = Mapping[str, Any]
 Node = ET.Element | str
@@ -234,14 +234,6 @@ def load_cells(load: Json) -> Iterable[ET.Element]:
     for name in ("p50", "p90", "p95", "p99"):
         yield tag("td", number(latency[name], "{:.2f}", FEW), class_="number")
     yield tag("td", f"{load['throughput_per_s']:.1f}", class_="number")
-
-
-def step_words(step: Json | None) -> str:
-    """Return a step and its settings in one line."""
-    if step is None:
-        return "the model as it came"
-    settings = [f"{key} {value}" for key, value in step.items() if key != "step"]
-    return ", ".join([str(step["step"]), *settings])
 
 
 def layers(stages: Sequence[Json]) -> Iterable[ET.Element]:

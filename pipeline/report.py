@@ -168,6 +168,14 @@ def busy_note(report: Mapping[str, Any]) -> str:
     )
 
 
+def step_words(step: Mapping[str, Any] | None) -> str:
+    """Return a step and those of its settings that are not none, off or 0, in one line."""
+    if step is None:
+        return "the model as it came"
+    settings = [f"{key} {value}" for key, value in step.items() if key != "step" and value]
+    return ", ".join([str(step["step"]), *settings])
+
+
 SAME: Final = "the same file as the stage before"
 """What is said of a step that found its work done."""
 SHOWN: Final = 50_000
