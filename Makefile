@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/secateur run configs/quickstart.yaml
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope --no-loadscope-reorder
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
