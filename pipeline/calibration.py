@@ -72,8 +72,8 @@ def mask_gradients(
 
     Raises:
         FloatingPointError: a loss is not finite.
+        ValueError: the data have no labels.
     """
-    model.eval()
     found: dict[str, list[Tensor]] = {name: [] for name in readers}
     seen: list[tuple[str, Tensor]] = []  # a reader that layers share runs several times
 
@@ -83,15 +83,7 @@ def mask_gradients(
         seen.append((name, states))
 
     with watching(readers, see):
-        for batch in track(data, "scoring units", total):
-            size = len(next(iter(batch.values())))
-            # The library's loss is a mean over the batch; the sum makes each example's gradient
-            # that of its own loss.
-            loss = model(**batch).loss * size
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"scoring: found the loss {loss.item()}, expected a number"
-                )
+        for size, loss in _losses(model, track(data, "scoring units", total)):
             gradients = torch.autograd.grad(loss, [states for _, states in seen])
             sums: dict[str, Tensor] = {}
             for (name, states), gradient in zip(seen, gradients, strict=True):
@@ -102,6 +94,77 @@ def mask_gradients(
                 found[name].append(each)
             seen.clear()
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def change_gradients(
+    model: PreTrainedModel,
+    readers: Mapping[str, nn.Module],
+    changes: Mapping[str, Tensor],
+    data: Iterable[Batch],
+    *,
+    total: int,
+    track: Track = silent,
+) -> dict[str, Tensor]:
+    """Return <dL_n/dW, D> for every window n and change D of a reader's matrix W `(N, C)`.
+
+    It is what the change does to the window's loss, to first order. `changes` holds the D of each
+    reader `(C, O, I)`, or `(C, O, I + 1)` with the bias as their last column. The L_n are those of
+    `mask_gradients`; the windows' gradients `(O, I)` are made one at a time.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+        ValueError: the data have no labels.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in readers}
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def see(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:
+                output.requires_grad_()
+            seen.append((name, args[0].detach(), output))
+
+        return see
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in readers.items()]
+    try:
+        for size, loss in _losses(model, track(data, "scoring levels", total)):
+            gradients = torch.autograd.grad(loss, [output for *_, output in seen])
+            sums: dict[str, Tensor] = {}
+            for (name, states, _), gradient in zip(seen, gradients, strict=True):
+                each = _inner(states, gradient, changes[name], size)
+                sums[name] = sums[name] + each if name in sums else each
+            for name, each in sums.items():
+                found[name].append(each)
+            seen.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _inner(states: Tensor, gradient: Tensor, changes: Tensor, size: int) -> Tensor:
+    """Return <g_n^T x_n, D> `(size, C)`: x a matrix's inputs, g the gradients of its outputs."""
+    inputs = states.reshape(size, -1, states.shape[-1]).to(changes.dtype)
+    if changes.shape[-1] > inputs.shape[-1]:
+        inputs = torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], dim=-1)
+    behind = gradient.reshape(size, -1, gradient.shape[-1]).to(changes.dtype)
+    each = (g.T @ x for g, x in zip(behind, inputs, strict=True))
+    return torch.stack([changes.flatten(1) @ of_window.flatten() for of_window in each])
+
+
+def _losses(model: PreTrainedModel, data: Iterable[Batch]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number of windows of every batch, and the sum of their losses."""
+    model.eval()
+    for batch in data:
+        size = len(next(iter(batch.values())))
+        mean = model(**batch).loss
+        if mean is None:
+            raise ValueError("calibration: found no labels, expected labelled data to score with")
+        loss = mean * size  # each example's gradient is that of its own loss
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"scoring: found the loss {loss.item()}, expected a number")
+        yield size, loss
 
 
 @dataclass(frozen=True)

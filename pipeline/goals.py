@@ -33,6 +33,13 @@ PRICED: Final = (0.75, 0.5, 0.25, 0.1, 0.0)
 LEVELS: Final = 12
 """A group has so many levels at most, beside that of all its units."""
 DENSE: Final = "dense"
+CHECKS: Final = 2
+"""So many allocations at most are priced as a whole, to put the costs of levels right."""
+CLOSE: Final = 0.02
+"""What was predicted to be saved is right within this share of it."""
+
+CHANGED_BYTES: Final = 1 << 30
+"""Changes of readers of so many bytes are held at once, or those of one if they are larger."""
 
 Variants = Mapping[str, Callable[[], PreTrainedModel]]
 Price = Callable[[Variants], Mapping[str, float]]
@@ -70,6 +77,15 @@ class _Level:
     def weight(self) -> Tensor:
         return load_file(self.file)["weight"]
 
+    def masked(self, group: Group) -> Tensor:
+        """Return the reader at this level as wide as it is now, of zeros for what is gone."""
+        masked = torch.zeros_like(pruning.reader(group))
+        masked[:, pruning.columns(group, self.places)] = self.weight().to(masked.dtype)
+        return masked
+
+    def change(self, group: Group) -> Tensor:
+        return self.masked(group).float() - pruning.reader(group).float()
+
 
 def reach(
     model: PreTrainedModel,
@@ -99,7 +115,7 @@ def reach(
         multiple: the numbers of neurons left are rounded to a multiple of it.
         searched: the number of steps of the search.
         seed: of the search, and of the criterion `random`.
-        data: gives the calibration batches, anew each time; `total` of them.
+        data: gives the calibration batches with labels, anew each time; `total` of them.
         held_out: batches on which the search compares outputs with the dense model's.
         total: number of batches.
         track: shows progress.
@@ -112,13 +128,9 @@ def reach(
     groups = [g for g in structure.groups(model) if g.kept and g.kind in kinds]
     pruning.refuse_repair(groups, repair)
     counts = [_counts(group, multiple) for group in groups]
-    costs, fixed, dense_cost = _costs(model, groups, counts, price)
-    allowed = budget(dense_cost)
-    if allowed < fixed:
-        raise OutOfReach(
-            f"goal: found a cost of {fixed:.4g} with no units left, expected at most"
-            f" {allowed:.4g} of {dense_cost:.4g}; choose a nearer goal"
-        )
+    costs = _costs(model, groups, counts, price)
+    allowed = budget(costs.dense)
+    costs.refuse(allowed)
     known = pruning.gather(model, groups, criterion, data, seed=seed, total=total, track=track)
     scores: dict[str, Tensor] = {}
     levels: list[list[_Level]] = []
@@ -135,7 +147,15 @@ def reach(
                     for count, file in zip(wanted, files, strict=True)
                 ]
             )
-        errors = [np.array([level.error for level in of_group]) for of_group in levels]
+        errors = _errors(model, groups, levels, data, total=total, track=track)
+
+        def saved(chosen: tuple[int, ...]) -> float:
+            left = [of_group[at] for of_group, at in zip(counts, chosen, strict=True)]
+            name = "left-" + "-".join(map(str, left))
+            found = price({DENSE: lambda: model, name: partial(_variant, model, groups, left)})
+            return 1 - found[name] / found[DENSE]
+
+        costs = _checked(costs, errors, allowed, saved)
         first: list[float] = []
 
         with _Trial(model, groups, levels, held_out) as trial:
@@ -145,9 +165,9 @@ def reach(
                 return first[-1]
 
             best = allocation.search(
-                costs,
+                costs.levels,
                 errors,
-                allowed - fixed,
+                allowed - costs.fixed,
                 loss,
                 steps=track(range(searched), "searching levels", searched),
                 seed=seed,
@@ -162,9 +182,39 @@ def reach(
             removed[group.path] = [group.kept[place] for place in sorted(gone)]
             repairs[group.path] = (level.unrepaired, level.error)
             pruning.cut_and_write(model, group, level.places, level.weight())
-    predicted = fixed + sum(float(cost[at]) for cost, at in zip(costs, best, strict=True))
     choice = Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
-    return Reached(choice, dense_cost, predicted, (first[0], min(first)))
+    return Reached(choice, costs.dense, costs.of(best), (first[0], min(first)))
+
+
+def _errors(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    levels: Sequence[Sequence[_Level]],
+    data: Callable[[], Iterable[Batch]],
+    *,
+    total: int,
+    track: Track,
+) -> list[allocation.Floats]:
+    """Return what the levels of each group lose, never less with fewer units.
+
+    A pass over the data serves as many groups as `CHANGED_BYTES` hold.
+    """
+    errors: list[allocation.Floats] = []
+    both = list(zip(groups, levels, strict=True))
+    sizes = [4 * len(of_group) * pruning.reader(group).numel() for group, of_group in both]
+    for part in pruning.in_parts(both, sizes, CHANGED_BYTES):
+        readers = {group.path: group.reader for group, _ in part}
+        changes = {
+            group.path: torch.stack([level.change(group) for level in of_group])
+            for group, of_group in part
+        }
+        found = calibration.change_gradients(
+            model, readers, changes, data(), total=total, track=track
+        )
+        for path in readers:
+            lost = found[path].double().square().mean(0).numpy()
+            errors.append(np.maximum.accumulate(lost))
+    return errors
 
 
 class _Trial:
@@ -191,14 +241,8 @@ class _Trial:
 
     def divergence(self, chosen: tuple[int, ...]) -> float:
         """Return KL(dense || model at these levels), the mean over batches, in nats."""
-        for group, of_group, at, whole in zip(
-            self._groups, self._levels, chosen, self._whole, strict=True
-        ):
-            masked = torch.zeros_like(whole)
-            masked[:, pruning.columns(group, of_group[at].places)] = (
-                of_group[at].weight().to(masked.dtype)
-            )
-            pruning.write_reader(group, masked)
+        for group, of_group, at in zip(self._groups, self._levels, chosen, strict=True):
+            pruning.write_reader(group, of_group[at].masked(group))
         return divergence(self._model, self._dense, self._held_out)
 
 
@@ -211,32 +255,51 @@ def _counts(group: Group, multiple: int) -> list[int]:
     return sorted({whole, *rounded, 0})[::-1]
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """What the levels of each group cost, arrays `(L,)`, and the model with all of its units."""
+
+    levels: Sequence[allocation.Floats]
+    dense: float
+
+    @property
+    def fixed(self) -> float:
+        """What is left without any unit."""
+        return max(self.dense - sum(float(cost[0]) for cost in self.levels), 0.0)
+
+    def of(self, chosen: Sequence[int]) -> float:
+        """Return the cost of a model at these levels."""
+        each = zip(self.levels, chosen, strict=True)
+        return self.fixed + sum(float(cost[at]) for cost, at in each)
+
+    def refuse(self, allowed: float) -> None:
+        if allowed < self.fixed:
+            raise OutOfReach(
+                f"goal: found a cost of {self.fixed:.4g} with no units left, expected at most"
+                f" {allowed:.4g} of {self.dense:.4g}; choose a nearer goal"
+            )
+
+
 def _costs(
     model: PreTrainedModel,
     groups: Sequence[Group],
     counts: Sequence[Sequence[int]],
     price: Price,
-) -> tuple[list[allocation.Floats], float, float]:
-    """Return what the levels of each group cost, what is left without any, and the dense cost.
+) -> _Costs:
+    """Return what the levels of each group cost.
 
     Groups of the same shape cost the same, and costs add up.
     """
     shapes = [(g.kind, len(g.kept), structure.by_unit(g).shape[1]) for g in groups]
     names = {shape: f"{shape[0]}-{at}" for at, shape in enumerate(dict.fromkeys(shapes))}
     priced = {shape: sorted({round(share * shape[1]) for share in PRICED}) for shape in names}
-
-    def variant(shape: tuple[Kind, int, int], count: int) -> PreTrainedModel:
-        of_shape = {g.key for g, other in zip(groups, shapes, strict=True) if other == shape}
-        cut = copy.deepcopy(model)
-        for group in structure.groups(cut):
-            if group.key in of_shape and group.kind == shape[0]:
-                surgery.keep(cut, group, list(group.kept[:count]))
-        return cut
-
     variants: dict[str, Callable[[], PreTrainedModel]] = {DENSE: lambda: model}
     for shape, name in names.items():
+        of_shape = [g for g, other in zip(groups, shapes, strict=True) if other == shape]
         for count in priced[shape]:
-            variants[f"{name}-{count}"] = partial(variant, shape, count)
+            variants[f"{name}-{count}"] = partial(
+                _variant, model, of_shape, [count] * len(of_shape)
+            )
     found = price(variants)
     costs = []
     for shape, of_group in zip(shapes, counts, strict=True):
@@ -244,8 +307,45 @@ def _costs(
         each = (np.array([*known, found[DENSE]]) - known[0]) / shapes.count(shape)
         rising = np.maximum.accumulate(np.maximum(each, 0))
         costs.append(np.interp(of_group, [*priced[shape], shape[1]], rising))
-    fixed = found[DENSE] - sum(float(cost[0]) for cost in costs)
-    return costs, max(fixed, 0.0), found[DENSE]
+    return _Costs(costs, found[DENSE])
+
+
+def _checked(
+    costs: _Costs,
+    errors: Sequence[allocation.Floats],
+    allowed: float,
+    saved: Callable[[tuple[int, ...]], float],
+) -> _Costs:
+    """Return the costs in proportion to what an allocation within the budget really saves.
+
+    Measured costs do not quite add up, and noise in them is taken for cost. `saved` gives the share
+    of the dense cost that is saved at these levels.
+    """
+    for _ in range(CHECKS):
+        costs.refuse(allowed)
+        chosen = allocation.allocate(costs.levels, errors, allowed - costs.fixed)
+        assert chosen is not None  # to cut everything is within the budget
+        predicted = 1 - costs.of(chosen) / costs.dense
+        if predicted <= 0:
+            break
+        ratio = float(np.clip(saved(chosen) / predicted, 0.5, 2))
+        costs = _Costs([ratio * cost for cost in costs.levels], costs.dense)
+        if abs(ratio - 1) <= CLOSE:
+            break
+    costs.refuse(allowed)
+    return costs
+
+
+def _variant(
+    model: PreTrainedModel, groups: Sequence[Group], counts: Sequence[int]
+) -> PreTrainedModel:
+    """Return a copy with so many units left in each of the groups, whichever they are."""
+    wanted = {(g.kind, g.key): count for g, count in zip(groups, counts, strict=True)}
+    cut = copy.deepcopy(model)
+    for group in structure.groups(cut):
+        if (group.kind, group.key) in wanted:
+            surgery.keep(cut, group, list(group.kept[: wanted[group.kind, group.key]]))
+    return cut
 
 
 def _level(

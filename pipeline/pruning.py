@@ -6,7 +6,7 @@ U units, w inputs of a unit.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -260,19 +260,27 @@ def second_moments(
     the width of the model, not with its depth.
     """
     sizes = [2 * 8 * (structure.matrix(group.reader).shape[1] + 1) ** 2 for group in groups]
-    parts: list[list[Group]] = []
-    held = math.inf
-    for group, size in zip(groups, sizes, strict=True):
-        if held + size > MOMENTS_BYTES:
-            parts.append([])
-            held = 0
-        parts[-1].append(group)
-        held += size
-    for part in parts:
+    for part in in_parts(groups, sizes, MOMENTS_BYTES):
         readers = {group.path: group.reader for group in part}
         seen = calibration.moments(model, readers, data(), total=total, track=track)
         for group in part:
             yield group, seen.pop(group.path)
+
+
+_T = TypeVar("_T")
+
+
+def in_parts(items: Sequence[_T], sizes: Sequence[int], most: int) -> list[list[_T]]:
+    """Return the items in their order, as many a part as come to `most`, or a larger one alone."""
+    parts: list[list[_T]] = []
+    held = math.inf
+    for item, size in zip(items, sizes, strict=True):
+        if held + size > most:
+            parts.append([])
+            held = 0
+        parts[-1].append(item)
+        held += size
+    return parts
 
 
 def choose(

@@ -103,7 +103,8 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
     def priced(models: goals.Variants) -> dict[str, float]:
         if processes.count() > 1:  # they do not meet inside of what the first one makes
             return dict(price(models))
-        about = work.make("priced", costing, lambda _: dict(price(models))).about
+        key = costing | {"models": sorted(models)}
+        about = work.make("priced", key, lambda _: dict(price(models))).about
         return {name: value for name, value in about.items() if name != "seconds"}
 
     def allowed(dense: float) -> float:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import FAMILIES, batch, inputs, tiny
 
-from pipeline import structure
-from pipeline.calibration import mask_gradients, moments
+from pipeline import pruning, structure
+from pipeline.calibration import change_gradients, mask_gradients, moments
 
 
 def readers(model):
@@ -49,6 +49,45 @@ def test_mask_gradients_equal_autograd_on_a_mask(family):
         scale = float(expected.abs().max())
         torch.testing.assert_close(found[group.path], expected, rtol=1e-3, atol=1e-4 * scale)
         assert scale > 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_to_take_a_units_columns_away_changes_a_loss_as_its_mask_says(family):
+    model = tiny(family)
+    data = labelled(model)
+    groups = [g for g in structure.groups(model) if g.kind != "queries"]
+    counts = {group.path: len(group.kept) for group in groups}
+    changes = {}
+    for group in groups:
+        weight = pruning.reader(group)
+        away = weight.new_zeros(len(group.kept), *weight.shape)
+        for unit in range(len(group.kept)):
+            of_unit = torch.arange(unit * group.width, (unit + 1) * group.width)
+            away[unit, :, of_unit] = -weight[:, of_unit]
+        changes[group.path] = away
+    masks = mask_gradients(model, readers(model), counts, [data], total=1)
+    found = change_gradients(model, readers(model), changes, [data], total=1)
+    for path, expected in masks.items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found[path], -expected, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_change_gradients_foretell_losses_bias_and_all():
+    model = tiny("bert")
+    data = labelled(model)
+    group = structure.groups(model)[-1]
+    weight = pruning.reader(group).clone()
+    change = 2e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    (found,) = change_gradients(model, {"it": group.reader}, {"it": change[None]}, [data], total=1)[
+        "it"
+    ].sum(0, keepdim=True)
+    losses = []
+    for sign in (1, -1):
+        pruning.write_reader(group, weight + sign * change)
+        with torch.no_grad():
+            losses.append(float(model(**data).loss) * 2)
+    assert float(found) == pytest.approx((losses[0] - losses[1]) / 2, rel=1e-2)
+    assert abs(float(found)) > 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -7,26 +7,35 @@ import torch
 import yaml
 from conftest import inputs, tiny, write_model, write_recipe
 
-from pipeline import counting, from_pretrained, goals, prices, units
+from pipeline import counting, from_pretrained, goals, prices, structure, units
 from pipeline.checkpoint import ModelError
 from pipeline.distillation import divergence
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runner import run
 
 
-def reach(model, share, *, kinds=("heads", "neurons"), searched=4, repair="least-squares"):
+def reach(
+    model,
+    share,
+    *,
+    kinds=("heads", "neurons"),
+    searched=4,
+    repair="least-squares",
+    price=prices.parameters,
+):
     def data():
-        return iter([inputs(model, length) | labels(model) for length in range(8, 14)])
+        return iter([inputs(model, length) | labels(model, length) for length in range(8, 14)])
 
     return goals.reach(
-        model, kinds, lambda dense: dense * share, prices.parameters, criterion="magnitude",
+        model, kinds, lambda dense: dense * share, price, criterion="magnitude",
         repair=repair, searched=searched, data=data, held_out=list(data()), total=6,
     )  # fmt: skip
 
 
-def labels(model):
-    classifies = "Classification" in type(model).__name__
-    return {"labels": torch.zeros(2, dtype=torch.long)} if classifies else {}
+def labels(model, length):
+    if "Classification" in type(model).__name__:
+        return {"labels": torch.zeros(2, dtype=torch.long)}
+    return {"labels": inputs(model, length)["input_ids"]}
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "vit"])
@@ -55,6 +64,27 @@ def test_all_units_may_go(repair):
         assert torch.isfinite(model(**inputs(model)).logits).all()
 
 
+def test_costs_that_do_not_add_up_are_put_right():
+    def price(models):
+        return {name: make().num_parameters() ** 0.5 for name, make in models.items()}
+
+    model = tiny("bert")
+    reached = reach(model, 0.9, price=price, searched=0)
+    assert reached.predicted_cost == pytest.approx(model.num_parameters() ** 0.5, rel=0.02)
+    assert reached.predicted_cost <= 0.9 * reached.dense_cost
+
+
+def test_units_without_which_no_loss_changes_go_first():
+    model = tiny("bert")
+    silent = [g for g in structure.groups(model) if g.layer == 1]
+    with torch.no_grad():
+        for group in silent:
+            group.reader.weight.zero_()
+    share = 1 - 0.9 * sum(structure.by_unit(g).numel() for g in silent) / model.num_parameters()
+    reached = reach(model, share, searched=0)
+    assert set(reached.choice.removed) <= {group.path for group in silent}
+
+
 def test_the_search_does_not_make_it_worse():
     first = reach(tiny("bert"), 0.7, searched=0)
     searched = reach(tiny("bert"), 0.7, searched=30)
@@ -66,7 +96,7 @@ def test_the_search_does_not_make_it_worse():
 def test_the_divergence_that_is_told_is_that_of_the_cut_model(family):
     model, dense = tiny(family), tiny(family)
     reached = reach(model, 0.8, searched=5)
-    batches = [inputs(model, length) for length in range(8, 14)]
+    batches = [inputs(model, length) | labels(model, length) for length in range(8, 14)]
     assert divergence(model, dense, batches) == pytest.approx(reached.divergence[1], rel=1e-3)
 
 
