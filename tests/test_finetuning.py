@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from benchmarks.accuracy import silent
 from benchmarks.examples import padding
 from benchmarks.tasks import TASKS
-from pipeline import prune_heads
+from pipeline import masks, prune_heads, structure
 from pipeline.distillation import Teacher, distillation, hidden_distance, loss
 from pipeline.finetuning import TrainingError, _share, finetune
 
@@ -88,7 +88,8 @@ def test_a_pruned_student_comes_near_its_teacher(setting, tmp_path):
     assert distance() < 0.7 * before
 
 
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+@pytest.mark.parametrize("beside", ["nothing", "patience", *masks.LEARNERS])
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, beside):
     file = tmp_path / "checkpoint"
 
     def trained(name, track=silent, **options):
@@ -96,8 +97,15 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
         examples = TASKS["text-classification"].encode(ROWS, tokenizer, ("0", "1"), 16)
         setting = model, examples, padding(tokenizer)
+        learnt = {}
+        if beside == "patience":
+            options |= {"evaluate": lambda: -float(model.classifier.weight.detach().norm()), "patience": 9}
+        elif beside in masks.LEARNERS:
+            groups = [g for g in structure.groups(model) if g.kind != "queries"]
+            learner = masks.LEARNERS[beside](groups, {"heads": 0.5, "neurons": 0.25})
+            options["learner"], learnt = learner, learner.tensors()
         result = train(setting, epochs=6, track=track, save_seconds=0.01, **options)
-        return model.state_dict(), result
+        return model.state_dict() | learnt, result
 
     def interrupted(steps, what, total):
         for step in steps:
@@ -109,7 +117,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trained("killed", interrupted, checkpoint=file)
     with safe_open(file, "pt") as stored:
-        assert 1 < json.loads(stored.metadata()["state"])["step"] <= 50
+        assert 1 <= json.loads(stored.metadata()["state"])["step"] <= 50
     resumed, again = trained("resumed", checkpoint=file)
     assert again == result
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
