@@ -5,10 +5,10 @@
 DATA is a folder with train.csv(.gz) and validation.csv with the columns `sentence` and `label`, or
 a text file for a causal language model. Each share of the heads is cut at once without repair, at
 once with least-squares repair, and in rounds of a fifth of the heads with distillation after each;
-last, heads and neurons are cut together to a speedup, with as much distillation. All of validation
-(of a text file: its last third) is judged, and every model is timed in ONNX Runtime beside the
-uncut one. The ceiling is what the multiply-adds that are left allow. A run that was stopped goes
-on.
+last, heads and neurons are cut together to a speedup, alone and with as much distillation. All of
+validation (of a text file: its last third) is judged, and every model is timed in ONNX Runtime
+beside the uncut one, so that rows of like speedups tell what heads and neurons together are worth.
+The ceiling is what the multiply-adds that are left allow. A run that was stopped goes on.
 """
 
 import argparse
@@ -82,6 +82,13 @@ def row(options: argparse.Namespace, prune: dict[str, Any]) -> list[str]:
     return cells
 
 
+def uncut(options: argparse.Namespace) -> list[str]:
+    """Return the row of the model as it was."""
+    report = json.loads(run(recipe(options, {"heads": SHARES[0]}), options.output).to_json())
+    score = f"{report['stages'][0]['score']['value']:.4f}"
+    return ["uncut", "0%", score, "0", *["1", "1"] * len(SEQUENCES)]
+
+
 def main() -> None:
     """Print the table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -108,8 +115,9 @@ def main() -> None:
                 for at, s in enumerate(SHARES, 1)
             ],
         ),
+        ("heads and neurons", [(f"{x:g}x", {"goal": {"speedup": x}}) for x in SPEEDUPS]),
         (
-            "heads and neurons",
+            "heads and neurons, distilled",
             [
                 (
                     f"{x:g}x",
@@ -126,6 +134,7 @@ def main() -> None:
     for length in SEQUENCES:
         columns += [f"speedup 1x{length}", "ceiling"]
     table = Table(*columns)
+    table.add_row(*uncut(options))
     for method, steps in methods:
         for removed, prune in steps:
             cells = [method, removed, *row(options, prune)]

@@ -36,7 +36,7 @@ def allocate(
     unit = max(budget / BUCKETS, 1e-12)
     least = np.zeros(BUCKETS + 1)  # by what may be spent
     chosen = np.zeros((len(costs), BUCKETS + 1), np.int32)
-    parts = [np.ceil(cost / unit - 1e-9).astype(int) for cost in costs]
+    parts = [np.minimum(np.ceil(cost / unit - 1e-9), BUCKETS + 1).astype(int) for cost in costs]
     for group, error in enumerate(errors):
         options = np.full((len(error), BUCKETS + 1), np.inf)
         for level, part in enumerate(parts[group]):

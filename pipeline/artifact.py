@@ -13,6 +13,7 @@ The recorded outputs are gone through once more by infer.py's own code before an
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -37,6 +38,8 @@ TOKENS: Final = 16
 """Of a recorded input whose outputs are those of a vocabulary."""
 TOLERANCE: Final = 1e-3
 """The least difference that counts, relative to the largest output."""
+LARGEST_TOLERANCE: Final = 0.5
+"""With more, outputs could be anything."""
 MARGIN: Final = 4.0
 """How much further apart than here two machines may be."""
 
@@ -65,10 +68,26 @@ def write(folder: Path, work: Work, last: Artifact, report: Mapping[str, Any]) -
     (folder / "README.md").write_text(card.card(report, name(work), settings), encoding="utf-8")
 
 
+def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe as JSON that names files and folders of this machine by their names alone."""
+
+    def named(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: named(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [named(each) for each in value]
+        if isinstance(value, str) and (os.sep in value or "~" in value):
+            path = Path(value).expanduser()
+            return path.resolve().name if path.is_absolute() or path.exists() else value
+        return value
+
+    return {key: named(value) for key, value in recipe.items()}
+
+
 def name(work: Work) -> str:
     """Return a name for the model, of letters, digits, `.`, `_` and `-`."""
     source = work.recipe.model.source.removeprefix("builtin:")
-    return re.sub(r"[^\w.-]+", "-", Path(source).expanduser().absolute().name) or "model"
+    return re.sub(r"[^\w.-]+", "-", Path(source).expanduser().resolve().name).lstrip(".") or "model"
 
 
 def _deploy(folder: Path, work: Work, settings: Mapping[str, Any]) -> None:
@@ -84,7 +103,8 @@ def _deploy(folder: Path, work: Work, settings: Mapping[str, Any]) -> None:
             threads=work.threads,
             rows=max(load.batch for load in target.loads),
         )
-    if settings["task"] not in infer.ANSWERS:
+    told = "tokenizer.json" if "sequence" in work.task.axes else "preprocessor_config.json"
+    if settings["task"] not in infer.ANSWERS or not (folder / told).is_file():
         return
     shutil.copyfile(infer.__file__, folder / "infer.py")
     try_out(folder)
@@ -143,7 +163,14 @@ def _record(folder: Path, work: Work, runtime: str) -> float:
         float(np.abs(others[key] - array).max()) / max(float(np.abs(array).max()), 1e-6)
         for key, array in outputs.items()
     ]
-    return max(TOLERANCE, MARGIN * max(apart))
+    tolerance = max(TOLERANCE, MARGIN * max(apart))
+    if not tolerance <= LARGEST_TOLERANCE:
+        raise ExportError(
+            f"{folder / onnx.MODEL}: found outputs that differ by {max(apart):.1e} of the largest"
+            " one between the graph as it is and as ONNX Runtime optimizes it, expected at most"
+            f" {LARGEST_TOLERANCE / MARGIN:.1e}; no recorded output could tell a wrong one"
+        )
+    return tolerance
 
 
 def _inputs(work: Work) -> Arrays:

@@ -55,7 +55,7 @@ def card(report: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> s
         use = _INFER + use
     if last["format"] == "tensorrt" and runtime != "tensorrt":
         use += f"The engine was built ahead of time, and not run. {_TENSORRT}"
-    needs = "torch" if runtime == "torch" else "no torch"
+    needs = "no torch" if runtime == "onnxruntime" else "torch"
     return f"""---
 {about.to_yaml()}
 ---

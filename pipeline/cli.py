@@ -259,6 +259,7 @@ def _per_layer_config(source: str) -> str:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from benchmarks.machine import Unavailable
     from exporters import ExportError, MissingDependency, NotHere
     from pipeline.manifest import Damaged
     from pipeline.verification import verify
@@ -267,10 +268,12 @@ def _verify(options: argparse.Namespace) -> int:
         found = verify(options.folder)
     except Damaged as error:
         return _say(WRONG, error)
-    except (MissingDependency, NotHere) as error:
+    except (MissingDependency, NotHere, Unavailable) as error:
         return _say(UNAVAILABLE, error)
     except ExportError as error:
         return _say(FAILED, error)
+    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
+        return _say(FAILED, f"{options.folder}: {type(error).__name__}: {error}")
     out.print(
         f"{escape(str(options.folder))}: {found.files} files, {found.size_bytes / 1e6:.1f} MB,"
         f" {found.graphs} sound graphs; recorded outputs met within {found.difference:.1e}"

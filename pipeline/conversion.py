@@ -50,6 +50,12 @@ def convert(
     tokenizer = sources.processor(source, "AutoTokenizer", None)
     samples = [_inputs(model, tokenizer.model_input_names, *shape) for shape in TRACED]
     axes = {"batch": _three(batch, "batch"), "sequence": _three(sequence, "sequence")}
+    places = getattr(model.config, "max_position_embeddings", None)
+    if places is not None and sequence[-1] > places:
+        raise ModelError(
+            f"--sequence: found {sequence[-1]} tokens, expected at most {places}, the positions of"
+            f" {source}"
+        )
     told: dict[str, Any] = {}
 
     def make(target: Path) -> None:

@@ -8,7 +8,7 @@ whole model from the dense one.
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from benchmarks.accuracy import Track, silent
 from pipeline import allocation, calibration, pruning, selfcheck, structure, surgery
 from pipeline.calibration import Batch
-from pipeline.criteria import CRITERIA
+from pipeline.criteria import CRITERIA, SWAPS, Evidence
 from pipeline.distillation import divergence
 from pipeline.pruning import Choice
 from pipeline.structure import Group, Kind
@@ -33,10 +33,10 @@ PRICED: Final = (0.75, 0.5, 0.25, 0.1, 0.0)
 LEVELS: Final = 12
 """A group has so many levels at most, beside that of all its units."""
 DENSE: Final = "dense"
-CHECKS: Final = 2
-"""So many allocations at most are priced as a whole, to put the costs of levels right."""
+ALLOCATIONS: Final = 2
+"""So often at most levels are searched for: again if the model is dearer than the budget."""
 CLOSE: Final = 0.02
-"""What was predicted to be saved is right within this share of it."""
+"""It is not if it is within this share of the budget: times are no better known."""
 
 CHANGED_BYTES: Final = 1 << 30
 """Changes of readers of so many bytes are held at once, or those of one if they are larger."""
@@ -47,9 +47,10 @@ Price = Callable[[Variants], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class Reached:
-    """What was cut, the costs of the dense model and, as predicted, of this one, and divergences.
+    """What was cut, the costs of the dense model and of this one, and divergences.
 
-    `divergence` is KL(dense || pruned) on held-out data, in nats: `(first allocation, searched)`.
+    The costs are priced, each model as a whole. `divergence` is KL(dense || pruned) on held-out
+    data, in nats: `(first allocation, searched)`.
     """
 
     choice: Choice
@@ -121,8 +122,10 @@ def reach(
         track: shows progress.
 
     Raises:
+        FloatingPointError: a loss or a divergence is not finite.
         OutOfReach: the budget is below what is left when all units are gone.
-        ValueError: the model cannot be cut, or a reader has no bias that could be repaired.
+        ValueError: the model cannot be cut, a reader has no bias that could be repaired, or the
+            data have no labels.
     """
     selfcheck.ensure(model)
     groups = [g for g in structure.groups(model) if g.kept and g.kind in kinds]
@@ -139,40 +142,48 @@ def reach(
         for (group, seen), wanted in track(
             zip(moments, counts, strict=True), "repairing levels", len(groups)
         ):
-            of_units = scores[group.path] = CRITERIA[criterion](known(group, seen))
+            evidence = known(group, seen)
+            of_units = scores[group.path] = CRITERIA[criterion](evidence)
             files = (Path(folder, f"{len(levels)}-{count}") for count in wanted)
             levels.append(
                 [
-                    _level(group, of_units, count, seen, repair=repair, file=file)
-                    for count, file in zip(wanted, files, strict=True)
+                    _level(group, gone, seen, repair=repair, file=file)
+                    for gone, file in zip(
+                        _gone(criterion, evidence, of_units, wanted), files, strict=True
+                    )
                 ]
             )
         errors = _errors(model, groups, levels, data, total=total, track=track)
 
-        def saved(chosen: tuple[int, ...]) -> float:
+        def true_cost(chosen: tuple[int, ...]) -> float:
             left = [of_group[at] for of_group, at in zip(counts, chosen, strict=True)]
             name = "left-" + "-".join(map(str, left))
             found = price({DENSE: lambda: model, name: partial(_variant, model, groups, left)})
-            return 1 - found[name] / found[DENSE]
+            return costs.dense * found[name] / found[DENSE]
 
-        costs = _checked(costs, errors, allowed, saved)
-        first: list[float] = []
-
-        with _Trial(model, groups, levels, held_out) as trial:
+        def allocated(within: float, searched: int) -> tuple[tuple[int, ...], list[float]]:
+            losses: list[float] = []
 
             def loss(chosen: tuple[int, ...]) -> float:
-                first.append(trial.divergence(chosen))
-                return first[-1]
+                losses.append(trial.divergence(chosen))
+                return losses[-1]
 
-            best = allocation.search(
-                costs.levels,
-                errors,
-                allowed - costs.fixed,
-                loss,
-                steps=track(range(searched), "searching levels", searched),
-                seed=seed,
-            )
-        assert best is not None  # to cut everything is within the budget
+            steps = track(range(searched), "searching levels", searched) if searched else ()
+            within = max(within - costs.fixed, 0.0)
+            best = allocation.search(costs.levels, errors, within, loss, steps=steps, seed=seed)
+            assert best is not None  # to cut everything is within the budget
+            return best, losses
+
+        with _Trial(model, groups, levels, held_out) as trial:
+            best, losses = allocated(allowed, 0)
+            # Measured costs do not quite add up, and noise in them is taken for cost.
+            within = allowed - (true_cost(best) - costs.of(best))
+            for _ in range(ALLOCATIONS):
+                best, losses = allocated(within, searched)
+                reached = true_cost(best)
+                if reached <= (1 + CLOSE) * allowed:
+                    break
+                within -= reached - allowed
         removed, repairs = {}, {}
         for group, of_group, at in zip(groups, levels, best, strict=True):
             level = of_group[at]
@@ -183,7 +194,7 @@ def reach(
             repairs[group.path] = (level.unrepaired, level.error)
             pruning.cut_and_write(model, group, level.places, level.weight())
     choice = Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
-    return Reached(choice, costs.dense, costs.of(best), (first[0], min(first)))
+    return Reached(choice, costs.dense, reached, (losses[0], min(losses)))
 
 
 def _errors(
@@ -273,6 +284,7 @@ class _Costs:
         return self.fixed + sum(float(cost[at]) for cost, at in each)
 
     def refuse(self, allowed: float) -> None:
+        """Raise OutOfReach if no levels cost as little as is allowed."""
         if allowed < self.fixed:
             raise OutOfReach(
                 f"goal: found a cost of {self.fixed:.4g} with no units left, expected at most"
@@ -310,32 +322,6 @@ def _costs(
     return _Costs(costs, found[DENSE])
 
 
-def _checked(
-    costs: _Costs,
-    errors: Sequence[allocation.Floats],
-    allowed: float,
-    saved: Callable[[tuple[int, ...]], float],
-) -> _Costs:
-    """Return the costs in proportion to what an allocation within the budget really saves.
-
-    Measured costs do not quite add up, and noise in them is taken for cost. `saved` gives the share
-    of the dense cost that is saved at these levels.
-    """
-    for _ in range(CHECKS):
-        costs.refuse(allowed)
-        chosen = allocation.allocate(costs.levels, errors, allowed - costs.fixed)
-        assert chosen is not None  # to cut everything is within the budget
-        predicted = 1 - costs.of(chosen) / costs.dense
-        if predicted <= 0:
-            break
-        ratio = float(np.clip(saved(chosen) / predicted, 0.5, 2))
-        costs = _Costs([ratio * cost for cost in costs.levels], costs.dense)
-        if abs(ratio - 1) <= CLOSE:
-            break
-    costs.refuse(allowed)
-    return costs
-
-
 def _variant(
     model: PreTrainedModel, groups: Sequence[Group], counts: Sequence[int]
 ) -> PreTrainedModel:
@@ -348,11 +334,21 @@ def _variant(
     return cut
 
 
+def _gone(
+    criterion: str, evidence: Evidence, scores: Tensor, wanted: Sequence[int]
+) -> Iterator[Tensor]:
+    """Yield the places that go if so many units are to stay."""
+    order = scores.argsort(stable=True)
+    for count in wanted:
+        lowest = order[: len(scores) - count]
+        yield SWAPS[criterion](evidence, lowest) if criterion in SWAPS else lowest
+
+
 def _level(
-    group: Group, scores: Tensor, count: int, seen: calibration.Moments, *, repair: str, file: Path
+    group: Group, gone: Tensor, seen: calibration.Moments, *, repair: str, file: Path
 ) -> _Level:
-    """Return a group with its `count` highest-scored units; its reader goes into the file."""
-    places = scores.argsort(stable=True)[len(scores) - count :].sort().values
+    """Return a group without the units at the places `gone`; its reader goes into the file."""
+    places = pruning.others(gone, len(group.kept))
     mended = pruning.repaired(group, seen, places, repair)
     weight = pruning.reader(group).double()
     size = weight.shape[1]

@@ -5,6 +5,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from benchmarks.data import DataError
 from benchmarks.machine import Unavailable
 from pipeline.checkpoint import first_line
 from pipeline.manifest import MANIFEST, read
@@ -14,9 +15,11 @@ def push(folder: Path, repository: str) -> str:
     """Upload a released folder, and return the address of the commit.
 
     The repository is made if it is not there, and is private then. Files that an earlier artifact
-    had and this one has not are deleted, so that the manifest is that of the whole.
+    had and this one has not are deleted, so that the manifest is that of the whole; a repository
+    of anything else is left as it is.
 
     Raises:
+        DataError: the repository holds files, and not those of an artifact.
         Damaged: the folder is not what its manifest says.
         Unavailable: the hub, or the right to write to it, is not there.
     """
@@ -25,6 +28,12 @@ def push(folder: Path, repository: str) -> str:
     try:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
+        there = set(api.list_repo_files(repository)) - {".gitattributes"}
+        if there and MANIFEST not in there:
+            raise DataError(
+                f"--push {repository}: found {len(there)} files of something else there, expected"
+                " an empty repository or one that an artifact was pushed to; name another"
+            )
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,

@@ -127,10 +127,22 @@ def pixels(model: Model, path: str | Path) -> NDArray[np.float32]:
     from PIL import Image
 
     about = json.loads((model.folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    known = {f"do_{step}" for step in ("resize", "center_crop", "rescale", "normalize")}
+    unknown = (
+        {k for k, v in about.items() if k.startswith("do_") and v} - known - {"do_convert_rgb"}
+    )
+    if unknown or (about.get("do_resize") and about["size"].keys() != {"height", "width"}):
+        raise ValueError(
+            f"preprocessor_config.json: found {unknown or about['size']}, not known here"
+        )
     image: Any = Image.open(path).convert("RGB")
     if about.get("do_resize"):
         size = about["size"]["width"], about["size"]["height"]
         image = image.resize(size, about.get("resample", 2))
+    if about.get("do_center_crop"):
+        wide, high = about["crop_size"]["width"], about["crop_size"]["height"]
+        left, top = (image.width - wide) // 2, (image.height - high) // 2
+        image = image.crop((left, top, left + wide, top + high))
     array = np.asarray(image, np.float32)
     if about.get("do_rescale"):
         array = array * np.float32(about["rescale_factor"])

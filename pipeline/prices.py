@@ -15,6 +15,11 @@ from pipeline.goals import Variants
 from pipeline.measuring import Bench, Target
 from pipeline.work import Work
 
+
+class Uncountable(ValueError):
+    """A model's multiply-adds cannot be counted."""
+
+
 BESIDE: Final = 5
 """So many models are timed beside the first one, in turns."""
 ROUNDS: Final = 30
@@ -50,8 +55,15 @@ def parameters(models: Variants) -> dict[str, float]:
 
 
 def multiply_adds(models: Variants, *, sequence: int) -> dict[str, float]:
-    """Return the multiply-adds of one input of `sequence` tokens."""
-    return {name: counting.total(make(), sequence) for name, make in models.items()}
+    """Return the multiply-adds of one input of `sequence` tokens.
+
+    Raises:
+        Uncountable: they do not follow from the shapes of such a model.
+    """
+    try:
+        return {name: counting.total(make(), sequence) for name, make in models.items()}
+    except (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise Uncountable(f"found a model that cannot be counted: {error}") from error
 
 
 def latency_ms(models: Variants, *, work: Work, load: int) -> dict[str, float]:
@@ -64,8 +76,8 @@ def latency_ms(models: Variants, *, work: Work, load: int) -> dict[str, float]:
     inputs = measuring.loads(target)[load : load + 1]
     with tempfile.TemporaryDirectory(prefix="secateur-") as root:
         folders: dict[str, Path] = {}
-        for name in work.track(list(models), "exporting levels", len(models)):
-            folders[name] = Path(root, name)
+        for at, name in enumerate(work.track(list(models), "exporting levels", len(models))):
+            folders[name] = Path(root, str(at))
             _write(work, models[name](), folders[name])
         first, *others = folders
         found: dict[str, float] = {}

@@ -161,7 +161,7 @@ def choose_and_cut(
         lowest = {g.path: SWAPS[criterion](known(g, None), lowest[g.path]) for g in groups}
 
     cut = [group for group in groups if len(lowest[group.path])]
-    places = {group.path: _others(lowest[group.path], len(group.kept)) for group in cut}
+    places = {group.path: others(lowest[group.path], len(group.kept)) for group in cut}
     weights: dict[str, Tensor] = {}
     repairs: dict[str, tuple[float, float]] = {}
     if repair != "none":
@@ -318,7 +318,7 @@ def _lowest(scores: Mapping[str, Tensor], fraction: float) -> dict[str, int]:
     return gone
 
 
-def _others(places: Tensor, count: int) -> Tensor:
+def others(places: Tensor, count: int) -> Tensor:
     """Return the places below `count` that are not among these, in their order."""
     there = torch.ones(count, dtype=torch.bool)
     there[places] = False
@@ -346,7 +346,7 @@ def repaired(
     weight, kept = reader(group), columns(group, places)
     size = weight.shape[1]
     within = calibration.Moments(seen.fit[:size, :size], seen.held_out[:size, :size])
-    if repair == "none" or not len(kept):
+    if repair == "none" or not len(kept) or len(kept) == size:
         exact = weight.double()
         error = compensation.error(exact, within.held_out, kept, exact[:, kept])
         return compensation.Repair(exact[:, kept], error, error)

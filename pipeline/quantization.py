@@ -81,18 +81,21 @@ def int8_dynamic(graph: ModelProto, target: Path, options: Options) -> None:
 
     if options.migration:
         migration.migrate(graph, options.migration, options.calibration, options.left)
+    large = graph.ByteSize() >= EXTERNAL_BYTES
     with _stored(graph) as source, quiet():
+        written = source.with_name("quantized.onnx")
         quantize_dynamic(
             source,
-            target,
+            written,
             op_types_to_quantize=_operators(options),
             per_channel=True,
             reduce_range=options.reduce_range,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=sorted(options.left),
-            use_external_data_format=graph.ByteSize() >= EXTERNAL_BYTES,
+            use_external_data_format=large,
             extra_options={"DefaultTensorType": TensorProto.FLOAT},
         )
+        store(onnx.load(written), target)  # the library has another name for weights beside a graph
 
 
 def int8_static(graph: ModelProto, target: Path, options: Options) -> None:
@@ -121,10 +124,12 @@ def int8_static(graph: ModelProto, target: Path, options: Options) -> None:
             batch = next(self._batches, None)
             return None if batch is None else given(batch)
 
+    large = graph.ByteSize() >= EXTERNAL_BYTES
     with _stored(graph) as source, quiet():
+        written = source.with_name("quantized.onnx")
         quantize_static(
             source,
-            target,
+            written,
             Reader(),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=_operators(options),
@@ -133,7 +138,7 @@ def int8_static(graph: ModelProto, target: Path, options: Options) -> None:
             activation_type=QuantType.QInt8 if options.portable else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=sorted(options.left | _of_activations(graph)),
-            use_external_data_format=graph.ByteSize() >= EXTERNAL_BYTES,
+            use_external_data_format=large,
             extra_options={
                 "ActivationSymmetric": options.portable,
                 "WeightSymmetric": True,
@@ -143,6 +148,7 @@ def int8_static(graph: ModelProto, target: Path, options: Options) -> None:
                 "DefaultTensorType": TensorProto.FLOAT,
             },
         )
+        store(onnx.load(written), target)
 
 
 def fewer_bits(graph: ModelProto, target: Path, options: Options, *, bits: int) -> None:
@@ -218,11 +224,13 @@ def _halved(graph: ModelProto, options: Options) -> ModelProto:
     means = {n for node in graph.graph.node if node.op_type == "ReduceMean" for n in node.output}
     # What is added to a mean square is too small for fp16, and the mean may be too large.
     norms = {node.name for node in graph.graph.node if means & set(node.input)}
-    with quiet():
+    with quiet(), _stored(graph) as source:
+        # In a file, for a graph in memory may have 2 GiB at most.
+        onnx.shape_inference.infer_shapes_path(source)
         converted = convert_float_to_float16(
-            graph,
+            onnx.load(source),
             keep_io_types=True,
-            disable_shape_infer=False,
+            disable_shape_infer=True,
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_FP32],
             node_block_list=sorted(options.left | norms),
         )

@@ -297,6 +297,11 @@ def _quantize_mistakes(
         )
     if not on_cpu and step.allowed is not None:
         yield f"{where}: its limit is measured on the CPU, expected none with {step.method}"
+    if step.allowed is not None and recipe.task.kind == "seq2seq-lm":
+        yield (
+            f"{where}: its limit chooses among the layers of one graph, found {recipe.task.kind},"
+            " which gives two; leave the limit out"
+        )
     if packed or (exported and exported.startswith("quantize")):
         by = packed.method if packed else exported
         yield f"{where}: the model is quantized already by {by}; keep one of them"

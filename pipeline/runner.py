@@ -95,7 +95,7 @@ def run(
     files = {"report.json": text, "report.md": markdown(content), "report.html": page(content)}
     if passed:
         about = {
-            "recipe": report.recipe,
+            "recipe": artifact.without_paths(report.recipe),
             "source": sources.identity(work.source, recipe.model.revision),
             "machine": report.machine,
             "verdict": asdict(verdict),

@@ -134,6 +134,10 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
             )
         except goals.OutOfReach as error:
             raise ModelError(str(error)) from error
+        except prices.Uncountable as error:
+            raise ModelError(
+                f"goal.multiply_adds: {error}; expected parameters or speedup"
+            ) from error
         details = _details(model, reached.choice) | {
             "goal": goal.model_dump(mode="json", exclude_none=True),
             "dense_cost": reached.dense_cost,
@@ -251,7 +255,7 @@ def _choose_and_cut(
         _shares(step),
         criterion=step.criterion,
         repair=step.repair,
-        uniform=step.uniform,
+        uniform=step.uniform or step.per_layer,
         multiple=step.multiple,
         seed=work.recipe.seed,
         learned=learner.scores() if learner else None,

@@ -129,6 +129,8 @@ class Prune(Limited):
     """In place of shares: what the model may cost; every layer gets a width of its own."""
     criterion: Annotated[str, one_of([*CRITERIA, *LEARNERS])] = "importance"
     repair: Annotated[str, one_of([*REPAIRS, "none"])] = "least-squares"
+    per_layer: bool = False
+    """The same share of every layer's units, in place of the lowest scores over all layers."""
     uniform: bool = False
     """Cut alike in every layer, and write a folder that stock transformers loads."""
     multiple: Annotated[int, Field(ge=1)] = 1
@@ -136,7 +138,7 @@ class Prune(Limited):
     rounds: int = Field(default=1, ge=1)
     """Go to the shares in so many rounds: score anew, cut, repair, train."""
     finetune: Training | None = None
-    """The training of every round, or the one in which the criterion learns."""
+    """The training of every round, after a goal, or the one in which the criterion learns."""
 
     @property
     def calibrated(self) -> bool:
@@ -173,10 +175,12 @@ class Prune(Limited):
             )
         if self.sublayers and self.uniform:
             raise ValueError("found `sublayers` and `uniform`, expected one of them")
-        alone = self.criterion in LEARNERS or self.rounds > 1 or self.uniform
+        even = self.uniform or self.per_layer
+        alone = self.criterion in LEARNERS or self.rounds > 1 or even
         if self.goal is not None and (alone or self.allowed is not None):
             raise ValueError(
-                "goal: found a criterion that learns, `rounds`, a limit or `uniform`, expected none"
+                "goal: found a criterion that learns, `rounds`, a limit, `per_layer` or `uniform`,"
+                " expected none"
                 " of them beside a goal"
             )
         if self.criterion in LEARNERS and self.finetune is None:

@@ -135,8 +135,8 @@ def publish(source: Callable[[Path], None], folder: Path, about: Mapping[str, An
     """Write a folder with a manifest where a user looks for it, as a whole or not at all."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     before = folder.with_name(f".{folder.name}.before")
-    for leftover in (unfinished, before):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _settle(folder, before)  # what a kill left
+    shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
         source(unfinished)
@@ -146,7 +146,14 @@ def publish(source: Callable[[Path], None], folder: Path, about: Mapping[str, An
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+        _settle(folder, before)
+
+
+def _settle(folder: Path, before: Path) -> None:
+    """Put the folder that was there before back, if no other one has come in its place."""
+    if before.exists() and not folder.exists():
+        before.rename(folder)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

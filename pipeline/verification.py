@@ -16,7 +16,7 @@ from benchmarks.machine import usable_cores
 from exporters import MissingDependency
 from pipeline import manifest
 from pipeline.manifest import Damaged
-from pipeline.openers import opener
+from pipeline.openers import OPENERS, opener
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def verify(folder: Path) -> Verified:
 
     Raises:
         Damaged: files, graphs or outputs are not those that were released.
-        MissingDependency, NotHere: what runs the model is not installed, or not here.
+        MissingDependency, NotHere, Unavailable: what runs the model is not installed, or not here.
     """
     files, about = manifest.read(folder)
     graphs = [folder / name for name in files if name.endswith(".onnx")]
@@ -49,8 +49,8 @@ def verify(folder: Path) -> Verified:
     settings = folder / "inference.json"
     if not settings.is_file():
         raise Damaged(f"{settings}: found none, expected a released artifact, not a stage")
-    told = json.loads(settings.read_text(encoding="utf-8"))
-    difference, tolerance = _rerun(folder, told), float(told["tolerance"])
+    told = _settings(settings)
+    difference, tolerance = _rerun(folder, told), told["tolerance"]
     if not difference <= tolerance:
         raise Damaged(
             f"{folder}: found outputs that differ by {difference:.1e} from the recorded ones,"
@@ -65,6 +65,23 @@ def verify(folder: Path) -> Verified:
         difference=difference,
         tolerance=tolerance,
     )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Return what says how the artifact runs.
+
+    Raises:
+        Damaged: something of it is missing, or is none of its kind.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {"runtime": str, "device": str, "threads": int, "tolerance": float}
+        wrong = [name for name, kind in kinds.items() if not isinstance(told[name], kind)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{path}: found no sound settings: {error!r}") from error
+    if wrong or told["runtime"] not in OPENERS or told["device"] not in {"cpu", "cuda"}:
+        raise Damaged(f"{path}: found no sound settings, expected those of a released artifact")
+    return dict(told)
 
 
 def _check(path: Path) -> None:
@@ -86,9 +103,12 @@ def _rerun(folder: Path, settings: Mapping[str, Any]) -> float:
         from pipeline.infer import golden
 
         opened = opener(settings["runtime"])
+        threads = min(settings["threads"], usable_cores())
+        predict = opened(folder, device=settings["device"], threads=threads)
+    except MissingDependency:
+        raise
     except ImportError as error:
         raise MissingDependency(
             f"{error.name}: not installed, expected it to run the recorded inputs"
         ) from error
-    threads = min(settings["threads"], usable_cores())
-    return golden(folder, opened(folder, device=settings["device"], threads=threads))
+    return golden(folder, predict)

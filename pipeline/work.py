@@ -260,7 +260,9 @@ class Work:
                 model = checkpoint.without_weights(source, auto_class, revision)
                 fractions: dict[structure.Kind, float]
                 fractions = {"heads": step.heads, "neurons": step.neurons}
-                groups = [g for g in structure.groups(model) if g.kept and fractions.get(g.kind)]
+                kinds = {kind for kind, share in fractions.items() if share or step.sublayers}
+                kinds |= set(step.goal.units) if step.goal else set()
+                groups = [g for g in structure.groups(model) if g.kept and g.kind in kinds]
                 hint = "a bias cannot be added to this family"
                 pruning.refuse_repair(groups, step.repair)
                 if step.layers:

@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import ROWS, WORDS, other_task, secateur, write_recipe
 from PIL import Image
-from transformers import AutoTokenizer, ViTImageProcessorPil
+from transformers import AutoTokenizer, DeiTImageProcessorPil, ViTImageProcessorPil
 
 from benchmarks.tasks import TASKS
 from exporters import ExportError
 from exporters.onnx import triton
 from pipeline import from_pretrained, infer, run
-from pipeline.artifact import try_out
+from pipeline.artifact import try_out, without_paths
 from pipeline.manifest import Damaged, read, seal
 from pipeline.verification import verify
 
@@ -85,6 +85,27 @@ def test_verify_says_what_is_not_installed(published):
     ran = python("-c", "import sys; sys.path.insert(0, '.');" + script, cwd=ROOT)
     assert ran.returncode == 4
     assert "onnxruntime: not installed" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "told"),
+    [
+        ({"device": "cuda"}, 4, "expected CUDAExecutionProvider"),
+        ({"runtime": "abacus"}, 2, "inference.json: found no sound settings"),
+        ({"tolerance": "much"}, 2, "inference.json: found no sound settings"),
+        ({"threads": None}, 2, "inference.json: found no sound settings"),
+    ],
+)
+def test_verify_says_in_a_line_what_cannot_be_run(artifact, changed, code, told):
+    settings = json.loads((artifact / "inference.json").read_text())
+    (artifact / "inference.json").write_text(json.dumps(settings | changed))
+    about = json.loads((artifact / "manifest.json").read_text())["about"]
+    (artifact / "manifest.json").unlink()
+    seal(artifact, about)
+    ran = secateur("verify", artifact)
+    assert ran.returncode == code, ran.stderr
+    assert told in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_infer_fails_beside_other_outputs(artifact):
@@ -324,8 +345,10 @@ def test_infer_goes_on_with_a_text_as_torch_does(tmp_path):
     assert answer["continuation"] == texts[0][len(texts[1]) :]
 
 
-def test_infer_sees_images_as_the_processor_does(tmp_path):
-    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+@pytest.mark.parametrize("processor", ["vit", "deit"])
+def test_infer_sees_images_as_the_processor_does(tmp_path, processor):
+    small = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    processor = small if processor == "vit" else DeiTImageProcessorPil()  # which crops
     processor.save_pretrained(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (13, 9, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
@@ -333,6 +356,24 @@ def test_infer_sees_images_as_the_processor_does(tmp_path):
     expected = processor(image, return_tensors="np")["pixel_values"][0]
     model = type("Model", (), {"folder": tmp_path})()
     np.testing.assert_allclose(infer.pixels(model, tmp_path / "image.png"), expected, atol=1e-6)
+
+
+def test_infer_refuses_images_that_are_made_otherwise(tmp_path):
+    about = {"do_resize": True, "size": {"shortest_edge": 8}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
+    with pytest.raises(ValueError, match=r"preprocessor_config.json: found .*shortest_edge"):
+        infer.pixels(type("Model", (), {"folder": tmp_path})(), tmp_path / "image.png")
+
+
+def test_no_folder_of_this_machine_is_published(tmp_path):
+    (tmp_path / "data.csv").write_text("")
+    recipe = {"model": {"source": str(tmp_path)}, "task": {"data": str(tmp_path / "data.csv")},
+              "steps": [{"step": "export", "format": "onnx"}]}  # fmt: skip
+    assert without_paths(recipe) == {
+        "model": {"source": tmp_path.name}, "task": {"data": "data.csv"}, "steps": recipe["steps"],
+    }  # fmt: skip
+    assert without_paths({"model": "org/name"}) == {"model": "org/name"}
 
 
 def test_a_torch_artifact_is_verified_too(tmp_path):

@@ -196,6 +196,14 @@ REFUSED_CUTS = {
     "a bias that is not there": (
         "causal-lm", "llama", {"heads": 0.25, "repair": "bias"}, "repair: found no bias in model",
     ),
+    "a bias that is not there, to a goal": (
+        "causal-lm", "llama", {"goal": {"parameters": 0.8}, "repair": "bias"},
+        "repair: found no bias in model",
+    ),
+    "a bias that is not there, by sublayers": (
+        "causal-lm", "llama", {"sublayers": 0.25, "repair": "bias"},
+        "repair: found no bias in model",
+    ),
     "nothing": (
         "text-classification", "bert", {"neurons": 0.25, "multiple": 5000}, "found nothing to cut",
     ),

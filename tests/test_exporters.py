@@ -9,7 +9,7 @@ import torch
 from conftest import tiny
 
 import exporters
-from exporters import ExportError, MissingDependency
+from exporters import ExportError, MissingDependency, NotHere
 from exporters import onnx as exporter
 from exporters.onnx import graph, session
 from pipeline import prune_heads, prune_neurons, units
@@ -130,7 +130,7 @@ def test_a_provider_that_is_not_here_is_an_error(exported):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
     path, _ = exported("bert")
-    with pytest.raises(RuntimeError, match=r"found .*, expected CUDAExecution"):
+    with pytest.raises(NotHere, match=r"found .*, expected CUDAExecution"):
         exporter.predictor(path, device="cuda", threads=1)
 
 

@@ -99,7 +99,10 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, beside):
         setting = model, examples, padding(tokenizer)
         learnt = {}
         if beside == "patience":
-            options |= {"evaluate": lambda: -float(model.classifier.weight.detach().norm()), "patience": 9}
+            options |= {
+                "evaluate": lambda: -float(model.classifier.weight.detach().norm()),
+                "patience": 9,
+            }
         elif beside in masks.LEARNERS:
             groups = [g for g in structure.groups(model) if g.kind != "queries"]
             learner = masks.LEARNERS[beside](groups, {"heads": 0.5, "neurons": 0.25})

@@ -212,6 +212,14 @@ def test_what_cannot_generate_is_refused(tmp_path):
     [
         ({"sequence_bias": [[[5], 2.0]]}, "sequence_bias"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
+        ({"dola_layers": "high"}, "dola_layers"),
+        ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size"),
+        ({"encoder_repetition_penalty": 1.2}, "encoder_repetition_penalty"),
+        ({"exponential_decay_length_penalty": [3, 1.1]}, "exponential_decay_length_penalty"),
+        ({"force_words_ids": [[5]]}, "force_words_ids"),
+        ({"stop_strings": ["."]}, "stop_strings"),
+        ({"token_healing": True}, "token_healing"),
+        ({"watermarking_config": {"bias": 2.0}}, "watermarking_config"),
         ({"bad_words_ids": [[5, 6]]}, "bad_words_ids of several tokens"),
     ],
 )

@@ -22,12 +22,13 @@ def reach(
     searched=4,
     repair="least-squares",
     price=prices.parameters,
+    criterion="magnitude",
 ):
     def data():
         return iter([inputs(model, length) | labels(model, length) for length in range(8, 14)])
 
     return goals.reach(
-        model, kinds, lambda dense: dense * share, price, criterion="magnitude",
+        model, kinds, lambda dense: dense * share, price, criterion=criterion,
         repair=repair, searched=searched, data=data, held_out=list(data()), total=6,
     )  # fmt: skip
 
@@ -35,17 +36,17 @@ def reach(
 def labels(model, length):
     if "Classification" in type(model).__name__:
         return {"labels": torch.zeros(2, dtype=torch.long)}
-    return {"labels": inputs(model, length)["input_ids"]}
+    given = inputs(model, length)
+    return {"labels": given.get("decoder_input_ids", given["input_ids"])}
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "vit"])
+@pytest.mark.parametrize("family", ["albert", "bert", "gpt2", "llama", "t5", "vit"])
 def test_the_parameters_left_are_those_predicted(family):
     model = tiny(family)
     before = model.num_parameters()
     reached = reach(model, 0.75)
     assert reached.dense_cost == before
-    # Costs between those that were found are interpolated; of parameters that is nearly exact.
-    assert model.num_parameters() == pytest.approx(reached.predicted_cost, rel=0.02)
+    assert model.num_parameters() == reached.predicted_cost
     assert model.num_parameters() <= 0.77 * before
     with torch.no_grad():
         assert torch.isfinite(model(**inputs(model)).logits).all()
@@ -79,10 +80,33 @@ def test_units_without_which_no_loss_changes_go_first():
     silent = [g for g in structure.groups(model) if g.layer == 1]
     with torch.no_grad():
         for group in silent:
-            group.reader.weight.zero_()
+            group.reader.weight *= 1e-3  # all of it lost is still all of it, relatively
     share = 1 - 0.9 * sum(structure.by_unit(g).numel() for g in silent) / model.num_parameters()
     reached = reach(model, share, searched=0)
     assert set(reached.choice.removed) <= {group.path for group in silent}
+
+
+def test_levels_are_weighed_in_parts_as_at_once(monkeypatch):
+    whole = reach(tiny("bert"), 0.8, searched=0)
+    monkeypatch.setattr(goals, "CHANGED_BYTES", 1)
+    parts = reach(tiny("bert"), 0.8, searched=0)
+    assert whole.choice.removed == parts.choice.removed
+
+
+def test_data_without_labels_weigh_nothing():
+    model = tiny("bert")
+    data = [inputs(model, length) for length in range(8, 14)]
+    with pytest.raises(ValueError, match="found no labels, expected labelled data"):
+        goals.reach(
+            model, ("heads",), lambda dense: dense, prices.parameters, criterion="magnitude",
+            repair="none", data=lambda: iter(data), held_out=data, total=6,
+        )  # fmt: skip
+
+
+def test_what_was_cut_by_exchanges_too_is_what_is_told():
+    model = tiny("bert")
+    reached = reach(model, 0.8, criterion="fisher-full")
+    assert model.num_parameters() == pytest.approx(reached.predicted_cost, rel=1e-6)
 
 
 def test_the_search_does_not_make_it_worse():
@@ -149,14 +173,14 @@ def test_multiply_adds_of_a_recipe(tmp_path):
 @pytest.mark.parametrize("runtime", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime, monkeypatch):
     monkeypatch.setattr(goals, "PRICED", (0.5, 0.0))  # every model that is timed is a process
-    path = recipe(tmp_path, speedup=1.05, units=["neurons"])
+    path = recipe(tmp_path, speedup=1.3, units=["neurons"])
     # Nearly all of its time goes into FFN, so that no noise hides what a narrower one saves.
     write_model(tmp_path / "model", pad_token_id=0, intermediate_size=1024)
     content = yaml.safe_load(path.read_text())
     content["target"] |= {"runtime": runtime, "loads": [{"batch": 32, "sequence": 16}]}
     path.write_text(yaml.safe_dump(content))
     stage = last(path, tmp_path / "out")
-    assert stage["details"]["predicted_cost"] * 1.05 <= stage["details"]["dense_cost"] * 1.0001
+    assert stage["details"]["predicted_cost"] < stage["details"]["dense_cost"]
     assert sum(stage["neurons"]) < 0.99 * 3 * 1024
     ratio = stage["details"]["dense_cost"] / stage["details"]["predicted_cost"]
     assert stage["gain_note"].endswith(f" (predicted: {ratio:.2f}x faster)")

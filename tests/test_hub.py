@@ -20,8 +20,10 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if "/tree/" in self.path:
-            left = {"type": "file", "path": "left.bin", "size": 1, "oid": "0"}
-            self.answer([left, left | {"path": "config.json"}])
+            files = [
+                {"type": "file", "path": path, "size": 1, "oid": "0"} for path in self.server.there
+            ]
+            self.answer(files)
         else:
             self.answer({"id": "org/name", "sha": "0" * 40, "siblings": []})
 
@@ -66,31 +68,48 @@ def artifact(tmp_path):
     return tmp_path / "artifact"
 
 
-def test_every_file_of_the_manifest_is_uploaded_and_no_other_stays(artifact, tmp_path):
+@pytest.fixture
+def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def pushed(artifact, hub, home):
     script = (
         "import sys; from pathlib import Path; from pipeline.hub import push;"
         "print(push(Path(sys.argv[1]), 'org/name'))"
     )
-    ran = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-c", script, artifact],
         capture_output=True, text=True, check=False, timeout=100,
-        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_TOKEN": "hf_x",
-                          "HF_HOME": str(tmp_path / "home")},
+        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x", "HF_HOME": str(home),
+                          "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}"},
     )  # fmt: skip
-    server.shutdown()
-    server.server_close()
+
+
+def test_every_file_of_the_manifest_is_uploaded_and_no_other_stays(artifact, hub, tmp_path):
+    hub.there = ["left.bin", "config.json", "manifest.json"]
+    ran = pushed(artifact, hub, tmp_path / "home")
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == f"{address}/org/name/commit/0"
-    assert server.created["visibility"] == "private"
+    assert ran.stdout.strip() == f"http://127.0.0.1:{hub.server_port}/org/name/commit/0"
+    assert hub.created["visibility"] == "private"
     files = {line["value"]["path"]: base64.b64decode(line["value"]["content"])
-             for line in server.lines if line["key"] == "file"}  # fmt: skip
+             for line in hub.lines if line["key"] == "file"}  # fmt: skip
     assert files.keys() == {*content(artifact), "manifest.json"}
     assert files["onnx/model.onnx"] == b"\x00\x01graph"
-    gone = [line["value"]["path"] for line in server.lines if line["key"] == "deletedFile"]
+    gone = [line["value"]["path"] for line in hub.lines if line["key"] == "deletedFile"]
     assert gone == ["left.bin"]
+
+
+def test_a_repository_of_something_else_is_left_as_it_is(artifact, hub, tmp_path):
+    hub.there = [".gitattributes", "README.md", "model.safetensors"]
+    ran = pushed(artifact, hub, tmp_path / "home")
+    assert ran.returncode == 1
+    assert "--push org/name: found 2 files of something else there" in ran.stderr
+    assert not hasattr(hub, "lines")
 
 
 def test_a_hub_that_is_not_there_is_told(artifact):

@@ -18,8 +18,9 @@ import exporters
 from benchmarks.data import DataError
 from benchmarks.machine import describe
 from exporters import onnx as exporter
+from exporters.onnx import graph as graphs
 from exporters.onnx.graph import store
-from pipeline import migration, prune_heads, prune_neurons, units
+from pipeline import migration, prune_heads, prune_neurons, quantization, units
 from pipeline.quantization import (
     METHODS,
     Options,
@@ -307,12 +308,30 @@ def test_matrices_that_layers_share_are_not_scaled_by_each(tmp_path):
     np.testing.assert_allclose(logits(target), logits(path), atol=1e-4, rtol=1e-4)
 
 
-def test_migration_changes_no_output_and_evens_channels_out(tmp_path, exported):
+def test_migration_changes_no_output(tmp_path, exported):
     graph = onnx.load(exported("bert"))
     assert migration.migrate(graph, 0.5, calibration) == 3 * 4
     store(graph, tmp_path / "m.onnx")
     exact = logits(exported("bert"))
     np.testing.assert_allclose(logits(tmp_path / "m.onnx"), exact, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["int8-dynamic", "int8-static", "fp16", "int8-weights"])
+def test_large_weights_lie_beside_the_graph_under_the_name_that_servers_know(
+    tmp_path, exported, monkeypatch, method
+):
+    options = quantization.Options(calibration=calibration)
+    quantization.quantize(exported("bert"), tmp_path / "whole.onnx", method, options)
+    for module in (quantization, graphs):
+        monkeypatch.setattr(module, "EXTERNAL_BYTES", 1000)
+    (tmp_path / "large").mkdir()
+    quantization.quantize(exported("bert"), tmp_path / "large" / "model.onnx", method, options)
+    files = {path.name: path.stat().st_size for path in (tmp_path / "large").iterdir()}
+    assert files.keys() == {"model.onnx", "model.onnx_data"}
+    assert files["model.onnx_data"] > 1000
+    np.testing.assert_array_equal(
+        logits(tmp_path / "large" / "model.onnx"), logits(tmp_path / "whole.onnx")
+    )
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])

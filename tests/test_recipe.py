@@ -269,6 +269,14 @@ def test_orders_that_an_engine_can_follow_are_taken(changes):
         ),
         ({"steps": quantized("bf16")}, r"steps\.0: ONNX Runtime has no bf16 products on the CPU"),
         (
+            {
+                "steps": quantized("int8-dynamic", max_perplexity_ratio=1.1),
+                "task": GOOD["task"] | {"kind": "seq2seq-lm"},
+                "budget": {"max_perplexity_ratio": 1.1},
+            },
+            r"steps\.0: its limit chooses among the layers of one graph, found seq2seq-lm",
+        ),
+        (
             {"steps": quantized("bf16", max_drop=0.1), "target": ON_GPU},
             r"steps\.0: its limit is measured on the CPU, expected none with bf16",
         ),

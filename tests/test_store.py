@@ -186,6 +186,20 @@ def test_a_failed_publication_keeps_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
 
 
+def test_what_was_published_is_back_after_a_kill_between_two_renames(tmp_path):
+    folder = tmp_path / "artifact"
+    publish(lambda f: (f / "old").write_text("1") and None, folder, {})
+    folder.rename(tmp_path / ".artifact.before")  # as a kill leaves it
+
+    def fail(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        publish(fail, folder, {})
+    assert verify(folder) is not None
+    assert [p.name for p in tmp_path.iterdir()] == ["artifact"]
+
+
 def test_text_is_written_as_a_whole(tmp_path):
     write_text(tmp_path / "report.json", "{}")
     write_text(tmp_path / "report.json", "[]")

@@ -23,12 +23,16 @@ Rules = Mapping[str, Any]
 
 FILES: Final = ("generation_config.json", "config.json")
 REFUSED: Final[Mapping[str, Any]] = {
+    "dola_layers": None,
     "encoder_no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
     "exponential_decay_length_penalty": None,
+    "force_words_ids": None,
     "guidance_scale": 1.0,
     "sequence_bias": None,
     "stop_strings": None,
+    "token_healing": False,
+    "watermarking_config": None,
 }
 """Rules that change what greedy generation gives and are not known here, but for these values."""
 
@@ -44,7 +48,7 @@ def open_generator(folder: Path, *, device: str, threads: int) -> Callable[..., 
     Raises:
         ExportError: there is no model in the folder, or no rules, or some that are not known here.
         MissingDependency: onnxruntime is not installed.
-        RuntimeError: the device is not there.
+        NotHere: the device is not there.
     """
     found = rules(folder)
     *encoders, decode = (

@@ -137,6 +137,11 @@ def build(
     _parse(trt, network, log, path)
     config = _configure(trt, builder, shapes, settings)
     cache = _timing_cache(config, settings.timing_cache)
+    if settings.timing_cache and not Path(settings.timing_cache).absolute().parent.is_dir():
+        raise ExportError(
+            f"timing_cache: found no folder {Path(settings.timing_cache).absolute().parent},"
+            " expected it"
+        )
     plan = built(trt, builder, network, config, track)
     if plan is None:
         raise ExportError(f"{path.name}: {trt.__name__} cannot build an engine: {_said(log)}")

@@ -2,7 +2,8 @@
 
 A plan is code: to deserialise one that somebody changed is to run what they put there. So its
 sha256 is compared first, always, and what is compared is what is then deserialised. The sha256 lies
-beside the plan, in `ENGINE`; whoever can change both is kept out by the artifact's manifest.
+beside the plan, in `ENGINE`. That keeps damage out, and a plan put there alone; not somebody who
+changes both, and the manifest: where a folder comes from is for its user to know.
 """
 
 import hashlib

@@ -31,8 +31,8 @@ def built(trt: Any, builder: Any, network: Any, config: Any, track: Track) -> An
     with ThreadPoolExecutor(1) as thread:
         plan = thread.submit(builder.build_serialized_network, network, config)
         plan.add_done_callback(lambda _: steps.put(None))
-        count = steps.get()  # None if it ended before it began
         try:
+            count = steps.get()  # None if it ended before it began
             if count is not None:
                 for _ in track(_done(steps, count), "building the engine", count):
                     pass
