@@ -1,21 +1,15 @@
 """How good a predictor is on a task, example by example.
 
-The outcomes of every example are kept, not only the score: the gate pairs those of the baseline
-with those of the candidate, and fidelity compares what the two decide.
-
-N examples, D decisions (one an example, or one a token), C classes.
+The outcomes of every example are kept, not only the score; see outcomes.py.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
-from benchmarks.examples import Array, Arrays, Example, Judgement, collate
+from benchmarks.examples import Arrays, Example, Judgement, collate
+from benchmarks.outcomes import Outcomes
 from benchmarks.tasks import Task
 from benchmarks.worker import InProcess, Worker
 
@@ -44,56 +38,6 @@ def once(track: Track, what: str, act: Callable[[], T]) -> T:
     """Return what `act` returns, and show that it lasts."""
     (result,) = [act() for _ in track(range(1), what, 1)]
     return result
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """What each example came to: `ids` `(N,)`, `columns` `(N,)` each, decisions `(D,)`."""
-
-    ids: tuple[str, ...]
-    columns: Arrays
-    decisions: Array
-    log_probabilities: NDArray[np.float32] | None
-
-    def save(self, path: Path) -> None:
-        """Write one safetensors file."""
-        arrays = {f"column.{name}": values for name, values in self.columns.items()}
-        arrays["decisions"] = self.decisions
-        if self.log_probabilities is not None:
-            arrays["log_probabilities"] = self.log_probabilities
-        arrays["ids"] = np.frombuffer(bytes.fromhex("".join(self.ids)), np.uint8)
-        save_file(arrays, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Outcomes":
-        """Read what `save` wrote."""
-        arrays = load_file(path)
-        ids = arrays["ids"].tobytes().hex()
-        return cls(
-            ids=tuple(ids[at : at + 64] for at in range(0, len(ids), 64)),
-            columns={
-                name.removeprefix("column."): values
-                for name, values in arrays.items()
-                if name.startswith("column.")
-            },
-            decisions=arrays["decisions"],
-            log_probabilities=arrays.get("log_probabilities"),
-        )
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """How far a candidate's decisions are from the baseline's.
-
-    `agreement` is the share of equal decisions; `flips` counts the examples that turned from right
-    to wrong or back (None where an example is not right or wrong); `kl_mean` is the mean of
-    KL(baseline || candidate) over the decisions, in nats (None where there are no class
-    probabilities). Flips: arXiv 2407.09141.
-    """
-
-    agreement: float
-    flips: int | None
-    kl_mean: float | None
 
 
 def evaluate(
@@ -146,28 +90,3 @@ def _gather(examples: Sequence[Example], judged: Sequence[Judgement]) -> Outcome
         decisions=np.concatenate([np.asarray(j.decisions, np.int64) for j in judged]),
         log_probabilities=log_probabilities,
     )
-
-
-def fidelity(
-    baseline: Outcomes, candidate: Outcomes, right: Callable[[Arrays], Array] | None
-) -> Fidelity:
-    """Return how the candidate's decisions differ; `right` says which examples are right `(N,)`.
-
-    Raises:
-        ValueError: the two were not measured on the same examples.
-    """
-    if baseline.ids != candidate.ids or len(baseline.decisions) != len(candidate.decisions):
-        raise ValueError(
-            f"fidelity: found outcomes of {len(baseline.ids)} and {len(candidate.ids)} examples,"
-            " expected the same examples in the same order"
-        )
-    kl_mean = None
-    if baseline.log_probabilities is not None and candidate.log_probabilities is not None:
-        p = baseline.log_probabilities.astype(np.float64)
-        q = candidate.log_probabilities.astype(np.float64)
-        kl_mean = float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
-    flips = None
-    if right is not None:
-        flips = int(np.sum(right(baseline.columns) != right(candidate.columns)))
-    agreement = float(np.mean(baseline.decisions == candidate.decisions))
-    return Fidelity(agreement, flips, kl_mean)

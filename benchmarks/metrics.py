@@ -13,7 +13,6 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score, matthews_corrcoef
 
 Columns = Mapping[str, NDArray[Any]]
 Floats = NDArray[np.float64]
@@ -55,12 +54,16 @@ def answer_f1(columns: Columns) -> Floats:
 
 def macro_f1(columns: Columns) -> float:
     """Return the unweighted mean over the classes of their F1."""
+    from sklearn.metrics import f1_score  # takes a second, and few metrics need it
+
     labels, predictions = columns["label"], columns["prediction"]
     return float(f1_score(labels, predictions, average="macro", zero_division=0.0))
 
 
 def matthews(columns: Columns) -> float:
     """Return the Matthews correlation coefficient in [-1, 1]."""
+    from sklearn.metrics import matthews_corrcoef
+
     return float(matthews_corrcoef(columns["label"], columns["prediction"]))
 
 

@@ -28,6 +28,7 @@ from pipeline.terminal import (
     show_parts,
     show_report,
     show_units,
+    show_verdict,
 )
 
 CODES: Final = {"pass": 0, "fail": 1, "inconclusive": 3}
@@ -37,8 +38,8 @@ WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
     options = _parser().parse_args(arguments)
-    if options.command is _verify:
-        sys.exit(_verify(options))  # where it is done there may be no torch
+    if options.command in {_verify, _gate}:
+        sys.exit(options.command(options))  # where it is done there may be no torch
     _silence()
     sys.exit(_guarded(lambda: options.command(options)))
 
@@ -104,6 +105,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("folder", type=Path, metavar="FOLDER")
     verify.set_defaults(command=_verify)
+    gate = commands.add_parser(
+        "gate", help="judge a run again, from its report; runs no model, and needs no torch"
+    )
+    gate.add_argument("report", type=Path, metavar="REPORT", help="report.json, or its folder")
+    gate.add_argument("--budget", type=Path, metavar="FILE", help="in place of the recipe's")
+    gate.add_argument(
+        "--junit", type=Path, metavar="FILE", help="write JUnit XML, one case a check"
+    )
+    gate.add_argument(
+        "--github", action="store_true", help="annotations, and the summary of the job"
+    )
+    gate.set_defaults(command=_gate)
     rebuild = commands.add_parser(
         "rebuild", help="make the TensorRT engine of an artifact again, on this machine"
     )
@@ -122,12 +135,12 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
     from benchmarks.machine import Unavailable
     from benchmarks.worker import WorkerError
     from exporters import ExportError, MissingDependency, NotHere
+    from pipeline.budget import RecipeError
     from pipeline.checkpoint import ModelError
     from pipeline.finetuning import TrainingError
     from pipeline.gate import EvidenceError
     from pipeline.manifest import Damaged
     from pipeline.quantization import QuantizationError
-    from pipeline.recipe import RecipeError
 
     wrong = (RecipeError, DataError, ModelError, EvidenceError, Damaged)
     unavailable = (Unavailable, MissingDependency, NotHere)
@@ -213,8 +226,9 @@ def _check_one(path: Path) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from pipeline.budget import RecipeError
     from pipeline.inspection import draw, head_scores, inspect
-    from pipeline.recipe import Recipe, RecipeError
+    from pipeline.recipe import Recipe
     from pipeline.sources import resolve
 
     is_recipe = options.model.endswith((".yaml", ".yml"))
@@ -256,6 +270,32 @@ def _per_layer_config(source: str) -> str:
         return json.dumps(per_layer.per_layer_config(model), indent=2) + "\n"
     except ValueError as error:
         raise checkpoint.ModelError(f"--per-layer-config: {error}") from error
+
+
+def _gate(options: argparse.Namespace) -> int:
+    from pipeline import ci
+    from pipeline.budget import Budget, RecipeError
+    from pipeline.gate import EvidenceError
+    from pipeline.judging import judge_again
+
+    path = options.report / "report.json" if options.report.is_dir() else options.report
+    try:
+        report = judge_again(path, Budget.from_yaml(options.budget) if options.budget else None)
+        if options.junit:
+            options.junit.write_text(ci.junit(report), encoding="utf-8")
+        if options.github:
+            print(*ci.annotations(report), sep="\n")  # noqa: T201 - commands, not for people
+            if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+                with Path(summary).open("a", encoding="utf-8") as file:
+                    file.write(ci.summary(report))
+    except (RecipeError, EvidenceError) as error:
+        return _say(WRONG, error)
+    except OSError as error:
+        return _say(*_disk(error))
+    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
+        return _say(WRONG, f"{path}: not a report that can be judged: {error!r}")
+    show_verdict(report)
+    return CODES[report["verdict"]["outcome"]]
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -14,18 +14,19 @@ N examples.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from statistics import NormalDist
 from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
-from scipy.stats import norm, t
 
 from benchmarks.metrics import METRICS, Columns, Metric, score
 from pipeline.report import Check, Outcome, Stage, Verdict, shape
 
 FEWEST: Final = 30
 """Examples below which an interval that rests on large numbers is not trusted."""
+HALVINGS: Final = 50
+"""Of the interval in which a bound lies."""
 RESAMPLES: Final = 1_999
 """Bootstrap resamples of a corpus metric; one seed, so that a verdict can be reproduced."""
 
@@ -183,29 +184,32 @@ def tango_interval(
     wrong: int, mended: int, examples: int, confidence: float
 ) -> tuple[float, float]:
     """Return the bounds of candidate - baseline, each one-sided at `confidence`."""
-    z = float(norm.ppf(confidence))
-    estimate = (mended - wrong) / examples
+    z = NormalDist().inv_cdf(confidence)
     edge = 1 - 1e-9
 
     def bound(sign: int) -> float:
-        end = sign * edge
-        if sign * tango(wrong, mended, examples, end) + z > 0:
+        inside, outside = (mended - wrong) / examples, sign * edge
+        if sign * tango(wrong, mended, examples, outside) + z > 0:
             return float(sign)
-        return float(
-            brentq(
-                lambda d: sign * tango(wrong, mended, examples, d) + z, estimate, end, xtol=1e-10
-            )
-        )
+        for _ in range(HALVINGS):  # the statistic falls from the estimate to the end
+            middle = (inside + outside) / 2
+            if sign * tango(wrong, mended, examples, middle) + z > 0:
+                inside = middle
+            else:
+                outside = middle
+        return (inside + outside) / 2
 
     return bound(-1), bound(1)
 
 
 def mean_interval(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:
     """Return the bounds of the mean of paired differences `(N,)`, each one-sided (t)."""
+    from scipy.special import stdtrit  # not scipy.stats, which takes half a second to import
+
     count = len(values)
     if count < 2:  # noqa: PLR2004
         raise EvidenceError(f"score: found {count} example, expected at least 2")
-    half = float(t.ppf(confidence, count - 1) * values.std(ddof=1) / math.sqrt(count))
+    half = float(stdtrit(count - 1, confidence) * values.std(ddof=1) / math.sqrt(count))
     mean = float(values.mean())
     return mean - half, mean + half
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, speed
-from benchmarks.accuracy import Outcomes, Track, evaluate
+from benchmarks.accuracy import Track, evaluate
 from benchmarks.examples import Arrays, Example
+from benchmarks.outcomes import Outcomes
 from benchmarks.tasks import Task
 from benchmarks.worker import Worker
 from exporters import tensorrt

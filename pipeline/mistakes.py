@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.settings import STEPS, Goal, Training, unknown
+from pipeline.budget import unknown
+from pipeline.settings import STEPS, Goal, Training
 
 INNER: Final[Mapping[str, type[BaseModel]]] = {"finetune": Training, "goal": Goal}
 """Keys of a step that have keys themselves."""

@@ -9,33 +9,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
+from pipeline.budget import Budget, Positive, RecipeError, Strict, read_yaml, unknown
 from pipeline.mistakes import explain
 from pipeline.quantization import METHODS
 from pipeline.settings import (
     Export,
     Finetune,
     Limited,
-    Positive,
     Prune,
     Quantize,
     Step,
-    Strict,
     one_of,
     trained,
-    unknown,
 )
 
 ORIGINAL: Final = "original"
 """The name of the untouched model's stage."""
-
-
-class RecipeError(ValueError):
-    """A recipe is wrong; the message lists every mistake, one a line."""
 
 
 class Model(Strict):
@@ -113,23 +106,6 @@ class Target(Strict):
     """A load ends after this long, even with fewer rounds."""
 
 
-class Budget(Strict):
-    """What the result must keep to, against the baseline; what is not given is not checked."""
-
-    max_drop: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """The most the score may fall, absolute, for a metric where higher is better."""
-    max_perplexity_ratio: Annotated[float, Field(gt=1)] | None = None
-    """The most the perplexity may grow, as a ratio."""
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """How sure the accuracy check must be before it passes."""
-    min_speedup: Positive | None = None
-    """The least ratio of baseline latency to final latency, at every load."""
-    max_size: Positive | None = None
-    """The final size as a ratio to the baseline's."""
-    max_memory: Positive | None = None
-    """The final peak memory as a ratio to the baseline's."""
-
-
 class Recipe(Strict):
     """One run of the pipeline."""
 
@@ -171,15 +147,7 @@ class Recipe(Strict):
             RecipeError: the file is missing, is not YAML, or is not a recipe.
         """
         path = Path(path)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError(f"{path}: no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: cannot be read: {error}") from None
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise RecipeError(f"{path}: not YAML: {reason}") from None
+        content = read_yaml(path)
         if not isinstance(content, dict):
             found = "an empty file" if content is None else type(content).__name__
             raise RecipeError(f"{path}: found {found}, expected a mapping with the key `model`")

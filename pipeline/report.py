@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 STALLED: Final = "cpu_stalled_before_and_after"
 
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -99,7 +99,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole run. `baseline` is the name of the stage that the others are compared with."""
+    """A whole run.
+
+    `baseline` is the name of the stage that the others are compared with; `evidence` the sha256 of
+    the outcomes of the gate's examples that lie beside report.json, of `baseline` and `candidate`.
+    """
 
     recipe: Mapping[str, Any]
     machine: Mapping[str, Any]
@@ -108,6 +112,7 @@ class Report:
     stages: tuple[Stage, ...]
     verdict: Verdict
     artifact: str
+    evidence: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -9,7 +9,8 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ import torch
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters import onnx, tensorrt
-from pipeline import artifact, bnb, gate, processes, schedules, sources, steps
+from pipeline import artifact, bnb, ci, gate, judging, processes, schedules, sources, steps
 from pipeline.page import page
 from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
@@ -39,7 +40,8 @@ def run(
     Of several processes, as torchrun starts them, the first one writes; all return the report.
 
     Writes below `output` (`runs/<recipe>` unless given): `stages/`, from which a later run resumes,
-    `report.json`, `report.md`, `report.html`, and, if the verdict is a pass, `artifact/`.
+    `evidence/`, `report.json`, `report.md`, `report.html`, `junit.xml`, and, if the verdict is a
+    pass, `artifact/`.
 
     Args:
         recipe: a recipe, or the path of one.
@@ -90,9 +92,16 @@ def run(
     )
     if not processes.leads():
         return report
+    publish(
+        partial(judging.keep, baseline=measured.baseline, candidate=measured.candidate),
+        output / judging.EVIDENCE,
+        {},
+    )
+    report = replace(report, evidence=judging.hashes(output / judging.EVIDENCE))
     text = report.to_json()
     content = json.loads(text)
     files = {"report.json": text, "report.md": markdown(content), "report.html": page(content)}
+    files["junit.xml"] = ci.junit(content)
     if passed:
         about = {
             "recipe": artifact.without_paths(report.recipe),

@@ -3,14 +3,14 @@
 A step's settings know nothing of the other steps, of the model, or of the data.
 """
 
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from exporters import formats
 from pipeline import bnb
+from pipeline.budget import Positive, Strict, unknown
 from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
 from pipeline.masks import LEARNERS
@@ -18,7 +18,6 @@ from pipeline.quantization import METHODS
 from pipeline.weight_only import ALGORITHMS, ASYMMETRIC, CALIBRATED
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
 
 
 def one_of(known: Iterable[str]) -> AfterValidator:
@@ -31,19 +30,6 @@ def one_of(known: Iterable[str]) -> AfterValidator:
         return value
 
     return AfterValidator(check)
-
-
-def unknown(value: str, names: Sequence[str]) -> str:
-    """Return what to say of a name that is none of `names`."""
-    close = difflib.get_close_matches(value, names, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"found {value!r}, expected one of {list(names)}{hint}"
-
-
-class Strict(BaseModel):
-    """Unknown keys are mistakes, and nothing changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Training(Strict):

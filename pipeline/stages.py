@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks import metrics, speed
-from benchmarks.accuracy import Outcomes, fidelity
+from benchmarks.outcomes import Outcomes, fidelity
 from exporters import onnx, tensorrt
 from pipeline import measuring, prices, steps
 from pipeline.measuring import Alone, Bench

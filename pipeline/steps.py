@@ -19,9 +19,10 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from benchmarks import metrics
-from benchmarks.accuracy import BATCH, Outcomes, evaluate, fidelity, once
+from benchmarks.accuracy import BATCH, evaluate, once
 from benchmarks.data import DataError
 from benchmarks.examples import Arrays, collate
+from benchmarks.outcomes import Outcomes, fidelity
 from benchmarks.worker import InProcess
 from exporters import onnx, tensorrt
 from pipeline import bnb, calibration, checkpoint, mixed, parts, quantization, sources

@@ -31,7 +31,7 @@ def show_report(text: str, folder: Path) -> None:
     """Show the table of stages, the checks and the verdict of report.json."""
     import json
 
-    from pipeline.report import busy_note, check_line, notes, table
+    from pipeline.report import busy_note, notes, table
 
     report = json.loads(text)
     header, rows = table(report, intervals=False)
@@ -48,15 +48,23 @@ def show_report(text: str, folder: Path) -> None:
             out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
     if note := busy_note(report):
         out.print(f"[yellow]{note}[/]")
-    verdict = report["verdict"]
     out.print()
+    show_verdict(report)
+    outcome = report["verdict"]["outcome"]
+    kept = "artifact" if outcome == "pass" else "not published, last stage"
+    out.print(f"{kept}: {escape(report['artifact'])}", soft_wrap=True)
+    out.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+
+
+def show_verdict(report: Mapping[str, Any]) -> None:
+    """Show every check, and what follows from all of them."""
+    from pipeline.report import check_line
+
+    verdict = report["verdict"]
     for check in verdict["checks"]:
         out.print(f"  [{COLOURS[check['outcome']]}]{escape(check_line(check))}[/]", soft_wrap=True)
     outcome = verdict["outcome"]
     out.print(f"[bold {COLOURS[outcome]}]{outcome}[/] against {report['baseline']}")
-    kept = "artifact" if outcome == "pass" else "not published, last stage"
-    out.print(f"{kept}: {escape(report['artifact'])}", soft_wrap=True)
-    out.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
 
 
 def show_parts(found: "Inspection") -> None:

@@ -31,7 +31,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from benchmarks.accuracy import Outcomes
+from benchmarks.outcomes import Outcomes
 from exporters.onnx.generation import open_generator
 from pipeline import Recipe, from_pretrained, run, units
 from pipeline.checkpoint import ModelError

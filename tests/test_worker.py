@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from benchmarks import worker as workers
-from benchmarks.accuracy import Outcomes, evaluate, fidelity
+from benchmarks.accuracy import evaluate
 from benchmarks.examples import Example, Window
+from benchmarks.outcomes import Outcomes, fidelity
 from benchmarks.speed import compare, percentiles, ratio
 from benchmarks.tasks import TASKS
 from benchmarks.worker import Worker, WorkerError, next_token

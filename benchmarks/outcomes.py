@@ -1,0 +1,97 @@
+"""What every example came to: kept, so that a verdict can be reached again.
+
+The gate pairs the outcomes of the baseline with those of the candidate, and fidelity compares what
+the two decide. Imports neither torch nor any other library of models.
+
+N examples, D decisions (one an example, or one a token), C classes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load, save_file
+
+from benchmarks.examples import Array, Arrays
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What each example came to: `ids` `(N,)`, `columns` `(N,)` each, decisions `(D,)`."""
+
+    ids: tuple[str, ...]
+    columns: Arrays
+    decisions: Array
+    log_probabilities: NDArray[np.float32] | None
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        arrays = {f"column.{name}": values for name, values in self.columns.items()}
+        arrays["decisions"] = self.decisions
+        if self.log_probabilities is not None:
+            arrays["log_probabilities"] = self.log_probabilities
+        arrays["ids"] = np.frombuffer(bytes.fromhex("".join(self.ids)), np.uint8)
+        save_file(arrays, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Outcomes":
+        """Read what `save` wrote."""
+        return cls.parse(path.read_bytes())
+
+    @classmethod
+    def parse(cls, content: bytes) -> "Outcomes":
+        """Return what the bytes of such a file hold."""
+        arrays = load(content)
+        ids = arrays["ids"].tobytes().hex()
+        return cls(
+            ids=tuple(ids[at : at + 64] for at in range(0, len(ids), 64)),
+            columns={
+                name.removeprefix("column."): values
+                for name, values in arrays.items()
+                if name.startswith("column.")
+            },
+            decisions=arrays["decisions"],
+            log_probabilities=arrays.get("log_probabilities"),
+        )
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How far a candidate's decisions are from the baseline's.
+
+    `agreement` is the share of equal decisions; `flips` counts the examples that turned from right
+    to wrong or back (None where an example is not right or wrong); `kl_mean` is the mean of
+    KL(baseline || candidate) over the decisions, in nats (None where there are no class
+    probabilities). Flips: arXiv 2407.09141.
+    """
+
+    agreement: float
+    flips: int | None
+    kl_mean: float | None
+
+
+def fidelity(
+    baseline: Outcomes, candidate: Outcomes, right: Callable[[Arrays], Array] | None
+) -> Fidelity:
+    """Return how the candidate's decisions differ; `right` says which examples are right `(N,)`.
+
+    Raises:
+        ValueError: the two were not measured on the same examples.
+    """
+    if baseline.ids != candidate.ids or len(baseline.decisions) != len(candidate.decisions):
+        raise ValueError(
+            f"fidelity: found outcomes of {len(baseline.ids)} and {len(candidate.ids)} examples,"
+            " expected the same examples in the same order"
+        )
+    kl_mean = None
+    if baseline.log_probabilities is not None and candidate.log_probabilities is not None:
+        p = baseline.log_probabilities.astype(np.float64)
+        q = candidate.log_probabilities.astype(np.float64)
+        kl_mean = float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
+    flips = None
+    if right is not None:
+        flips = int(np.sum(right(baseline.columns) != right(candidate.columns)))
+    agreement = float(np.mean(baseline.decisions == candidate.decisions))
+    return Fidelity(agreement, flips, kl_mean)

@@ -1,0 +1,108 @@
+"""A run is judged again, from what its report keeps: no model is run, and none is imported.
+
+Beside report.json lie the outcomes of every gate example, of the baseline and of the candidate. The
+verdict follows from these and from the report's numbers alone, the same one every time.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.outcomes import Outcomes
+from pipeline import gate
+from pipeline.budget import Budget
+from pipeline.gate import EvidenceError
+from pipeline.report import SCHEMA, Load, Score, Stage
+
+EVIDENCE: Final = "evidence"
+"""The folder beside report.json."""
+SIDES: Final = ("baseline", "candidate")
+
+
+def keep(folder: Path, baseline: Outcomes, candidate: Outcomes) -> None:
+    """Write the outcomes into a folder."""
+    for side, outcomes in zip(SIDES, (baseline, candidate), strict=True):
+        outcomes.save(folder / _name(side))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of what `keep` wrote, by side."""
+    return {side: _sha256((folder / _name(side)).read_bytes()) for side in SIDES}
+
+
+def judge_again(path: Path, budget: Budget | None = None) -> dict[str, Any]:
+    """Return the report at `path` with its verdict anew, against another budget if one is given.
+
+    Raises:
+        EvidenceError: the report, or its outcomes, are missing, damaged, or not of one run.
+    """
+    report = _read(path)
+    limits = budget or Budget.model_validate(report["recipe"]["budget"])
+    baseline, candidate = (
+        _outcomes(path.parent / EVIDENCE / _name(side), report["evidence"][side]) for side in SIDES
+    )
+    _paired(baseline, candidate)
+    stages = [_stage(stage) for stage in report["stages"]]
+    metric = stages[-1].score.metric
+    checks = gate.checks(limits, metric, baseline.columns, candidate.columns, stages)
+    verdict = asdict(replace(gate.judge(checks), checks=checks))
+    recipe = report["recipe"] | {"budget": limits.model_dump(mode="json")}
+    again: dict[str, Any] = json.loads(
+        json.dumps(report | {"recipe": recipe, "verdict": verdict}, allow_nan=False)
+    )
+    return again
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EvidenceError(f"{path}: no such file, expected the report.json of a run") from None
+    except (OSError, ValueError) as error:
+        raise EvidenceError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+        found = report.get("schema") if isinstance(report, dict) else type(report).__name__
+        raise EvidenceError(f"{path}: found the schema {found}, expected {SCHEMA}; run it again")
+    missing = {"recipe", "stages", "evidence", "verdict", "baseline"} - report.keys()
+    if missing or not report["stages"] or set(report["evidence"]) != set(SIDES):
+        raise EvidenceError(f"{path}: found no {sorted(missing) or 'stages'}, expected all of them")
+    return report
+
+
+def _outcomes(path: Path, expected: str) -> Outcomes:
+    """Return the outcomes in a file, which is read once: what is compared is what is judged."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise EvidenceError(
+            f"{path}: cannot be read: {error.strerror}; it belongs beside report.json"
+        ) from None
+    if _sha256(content) != expected:
+        raise EvidenceError(f"{path}: found other outcomes than the report's, expected those")
+    return Outcomes.parse(content)
+
+
+def _paired(baseline: Outcomes, candidate: Outcomes) -> None:
+    if baseline.ids != candidate.ids:
+        raise EvidenceError("evidence: found other examples on one side, expected the same ones")
+    if len(set(baseline.ids)) != len(baseline.ids):
+        raise EvidenceError("evidence: found an example twice, expected each of them once")
+
+
+def _stage(stage: Mapping[str, Any]) -> Stage:
+    try:
+        loads = tuple(Load(**load) for load in stage["loads"])
+        return Stage(**{**stage, "score": Score(**stage["score"]), "loads": loads})
+    except (TypeError, KeyError) as error:
+        raise EvidenceError(f"report: found a stage of another form: {error}") from None
+
+
+def _name(side: str) -> str:
+    return f"{side}.safetensors"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
