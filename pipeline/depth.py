@@ -42,23 +42,64 @@ def drop_layers(
     """
     selfcheck.ensure(model)
     refuse_layers(model)
-    cut = structure.record(model)["layers"]
-    candidates: dict[str, Without] = {}
-    keep_one: dict[str, set[str]] = {}
-    count = 0
-    for stack, blocks in structure.stacks(model):
-        numbers = cut.get(stack.layers, {}).get("kept", range(len(blocks)))
-        names = [f"{stack.layers}.{number}" for number in numbers]
-        count += len(names)
-        keep_one[stack.layers] = set(names)
-        for number, name, block in zip(numbers, names, blocks, strict=True):
-            if not (stack.first and number == 0):
-                candidates[name] = _skipping(block)
-    gone = _greedy(
-        model, candidates, list(keep_one.values()), round(share * count), judged=judged, track=track
-    )
+    found, keep_one = candidates(model), [set(names) for names in _names(model)]
+    count = round(share * sum(map(len, keep_one)))
+    gone = _greedy(model, found, keep_one, count, judged=judged, track=track)
     surgery.cut_layers(model, gone)
     return gone
+
+
+def candidates(model: PreTrainedModel) -> dict[str, Without]:
+    """Return what leaves out each layer that may go, by its name."""
+    return {name: _skipping(block) for name, block in blocks(model).items()}
+
+
+def blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the layers that may go, by their names: numbers in the unpruned model."""
+    found: dict[str, nn.Module] = {}
+    for (stack, layers), names in zip(structure.stacks(model), _names(model), strict=True):
+        found |= {
+            name: block
+            for name, block in zip(names, layers, strict=True)
+            if not (stack.first and name == f"{stack.layers}.0")
+        }
+    return found
+
+
+def next_layer(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    gone: Sequence[str],
+    judged: Sequence[Batch],
+) -> tuple[str, float] | None:
+    """Return the layer that is missed least beside those that are gone, and the divergence then.
+
+    Nothing is cut. None if every stack is at its last layer.
+    """
+    found, keep_one = candidates(model), [set(names) for names in _names(model)]
+    with without(found[name] for name in gone):
+        return _least(model, dense, _may_go(found, keep_one, gone), judged)
+
+
+@contextmanager
+def without(these: Iterable[Without]) -> Iterator[None]:
+    """Leave all of these out."""
+    with ExitStack() as stack:
+        for each in these:
+            stack.enter_context(each())
+        yield
+
+
+def _names(model: PreTrainedModel) -> list[list[str]]:
+    """Return the names of the layers of every stack."""
+    cut = structure.record(model)["layers"]
+    return [
+        [
+            f"{stack.layers}.{number}"
+            for number in cut.get(stack.layers, {}).get("kept", range(len(layers)))
+        ]
+        for stack, layers in structure.stacks(model)
+    ]
 
 
 def refuse_layers(model: PreTrainedModel) -> None:
@@ -113,20 +154,44 @@ def _greedy(
     """Return the names of what goes, in order, with the divergence after each."""
     dense = copy.deepcopy(model)
     gone: dict[str, float] = {}
-    with ExitStack() as without:
+    with ExitStack() as left_out:
         for _ in track(range(count), "dropping", count):
-            divergences = {}
-            for name, candidate in candidates.items():
-                if name in gone or any({name} == names - set(gone) for names in keep_one):
-                    continue
-                with candidate():
-                    divergences[name] = divergence(model, dense, judged)
-            if not divergences:
+            found = _least(model, dense, _may_go(candidates, keep_one, gone), judged)
+            if found is None:
                 break
-            best = min(divergences, key=lambda name: divergences[name])
-            gone[best] = divergences[best]
-            without.enter_context(candidates[best]())
+            gone[found[0]] = found[1]
+            left_out.enter_context(candidates[found[0]]())
     return gone
+
+
+def _may_go(
+    candidates: Mapping[str, Without], keep_one: Sequence[set[str]], gone: Iterable[str]
+) -> dict[str, Without]:
+    """Return those that are there, and not the last of those of which one has to stay."""
+    left = set(candidates) - set(gone)
+    return {
+        name: candidate
+        for name, candidate in candidates.items()
+        if name in left and not any({name} == names - set(gone) for names in keep_one)
+    }
+
+
+@torch.inference_mode()
+def _least(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    candidates: Mapping[str, Without],
+    judged: Sequence[Batch],
+) -> tuple[str, float] | None:
+    """Return which one is missed least when it goes too, and the divergence then."""
+    divergences = {}
+    for name, candidate in candidates.items():
+        with candidate():
+            divergences[name] = divergence(model, dense, judged)
+    if not divergences:
+        return None
+    best = min(divergences, key=lambda name: divergences[name])
+    return best, divergences[best]
 
 
 def _skipping(block: nn.Module) -> Without:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
-from pipeline import allocation, calibration, pruning, selfcheck, structure, surgery
+from pipeline import allocation, calibration, depth, pruning, selfcheck, structure, surgery
 from pipeline.calibration import Batch
 from pipeline.criteria import CRITERIA, SWAPS, Evidence
 from pipeline.distillation import divergence
@@ -50,13 +50,14 @@ class Reached:
     """What was cut, the costs of the dense model and of this one, and divergences.
 
     The costs are priced, each model as a whole. `divergence` is KL(dense || pruned) on held-out
-    data, in nats: `(first allocation, searched)`.
+    data, in nats: `(first allocation, searched)`. `layers` are those that went as a whole.
     """
 
     choice: Choice
     dense_cost: float
     predicted_cost: float
     divergence: tuple[float, float]
+    layers: tuple[str, ...] = ()
 
 
 class OutOfReach(ValueError):
@@ -99,6 +100,7 @@ def reach(
     multiple: int = 1,
     searched: int = 50,
     seed: int = 0,
+    layers: bool = False,
     data: Callable[[], Iterable[Batch]],
     held_out: Sequence[Batch],
     total: int,
@@ -116,6 +118,8 @@ def reach(
         multiple: the numbers of neurons left are rounded to a multiple of it.
         searched: the number of steps of the search.
         seed: of the search, and of the criterion `random`.
+        layers: whole layers may go, too: one after the other, the one that is missed least, as long
+            as what is left can then be cut to the budget with less divergence.
         data: gives the calibration batches with labels, anew each time; `total` of them.
         held_out: batches on which the search compares outputs with the dense model's.
         total: number of batches.
@@ -154,47 +158,132 @@ def reach(
                 ]
             )
         errors = _errors(model, groups, levels, data, total=total, track=track)
-
-        def true_cost(chosen: tuple[int, ...]) -> float:
-            left = [of_group[at] for of_group, at in zip(counts, chosen, strict=True)]
-            name = "left-" + "-".join(map(str, left))
-            found = price({DENSE: lambda: model, name: partial(_variant, model, groups, left)})
-            return costs.dense * found[name] / found[DENSE]
-
-        def allocated(within: float, searched: int) -> tuple[tuple[int, ...], list[float]]:
-            losses: list[float] = []
-
-            def loss(chosen: tuple[int, ...]) -> float:
-                losses.append(trial.divergence(chosen))
-                return losses[-1]
-
-            steps = track(range(searched), "searching levels", searched) if searched else ()
-            within = max(within - costs.fixed, 0.0)
-            best = allocation.search(costs.levels, errors, within, loss, steps=steps, seed=seed)
-            assert best is not None  # to cut everything is within the budget
-            return best, losses
-
+        inside = _inside(model, groups) if layers else {}
+        spared = _spared(costs, model, inside, price)
         with _Trial(model, groups, levels, held_out) as trial:
-            best, losses = allocated(allowed, 0)
-            # Measured costs do not quite add up, and noise in them is taken for cost.
-            within = allowed - (true_cost(best) - costs.of(best))
-            for _ in range(ALLOCATIONS):
-                best, losses = allocated(within, searched)
-                reached = true_cost(best)
-                if reached <= (1 + CLOSE) * allowed:
-                    break
-                within -= reached - allowed
-        removed, repairs = {}, {}
-        for group, of_group, at in zip(groups, levels, best, strict=True):
-            level = of_group[at]
-            if len(level.places) == len(group.kept):
-                continue
-            gone = set(range(len(group.kept))) - set(level.places.tolist())
-            removed[group.path] = [group.kept[place] for place in sorted(gone)]
-            repairs[group.path] = (level.unrepaired, level.error)
-            pruning.cut_and_write(model, group, level.places, level.weight())
-    choice = Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
-    return Reached(choice, costs.dense, reached, (losses[0], min(losses)))
+            plan = _Plan(
+                model, groups, counts, costs, errors, inside, spared, price, trial, seed, track
+            )
+            found, reached = _decide(plan, allowed, searched)
+        removed, repairs = _cut(model, groups, levels, found, inside)
+    return Reached(
+        Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs),
+        costs.dense,
+        reached,
+        (found.losses[0], min(found.losses)),
+        found.gone,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A level of every group, the layers that go as a whole, and the divergences seen."""
+
+    levels: tuple[int, ...]
+    gone: tuple[str, ...]
+    losses: Sequence[float]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What levels and layers are chosen by; see `reach`.
+
+    `inside` are the places of the groups in each layer that may go, `spared` what such a layer
+    costs beside its units.
+    """
+
+    model: PreTrainedModel
+    groups: Sequence[Group]
+    counts: Sequence[Sequence[int]]
+    costs: "_Costs"
+    errors: Sequence[allocation.Floats]
+    inside: Mapping[str, Sequence[int]]
+    spared: Mapping[str, float]
+    price: Price
+    trial: "_Trial"
+    seed: int
+    track: Track
+
+    def allocate(self, within: float, gone: tuple[str, ...], searched: int = 0) -> _Found:
+        """Return the best levels without these layers, by so many steps of the search."""
+        with_layers = {at for name in gone for at in self.inside[name]}
+        stay = [at for at in range(len(self.groups)) if at not in with_layers]
+        losses: list[float] = []
+
+        def whole(chosen: tuple[int, ...]) -> tuple[int, ...]:
+            of_group = dict(zip(stay, chosen, strict=True))
+            return tuple(of_group.get(at, len(c) - 1) for at, c in enumerate(self.counts))
+
+        def loss(chosen: tuple[int, ...]) -> float:
+            losses.append(self.trial.divergence(whole(chosen), gone))
+            return losses[-1]
+
+        fixed = self.costs.fixed - sum(self.spared[name] for name in gone)
+        steps = range(searched)
+        best = allocation.search(
+            [self.costs.levels[at] for at in stay],
+            [self.errors[at] for at in stay],
+            max(within - fixed, 0.0),
+            loss,
+            steps=self.track(steps, "searching levels", searched) if searched else steps,
+            seed=self.seed,
+        )
+        assert best is not None  # to cut everything is within the budget
+        return _Found(whole(best), gone, losses)
+
+    def cost(self, found: _Found) -> float:
+        """Return the sum of what is priced by levels."""
+        return self.costs.of(found.levels) - sum(self.spared[name] for name in found.gone)
+
+    def true_cost(self, found: _Found) -> float:
+        """Return what such a model costs, priced as a whole."""
+        left = [c[at] for c, at in zip(self.counts, found.levels, strict=True)]
+        name = "-".join(map(str, ["left", *left, *found.gone]))
+        made = partial(_variant, self.model, self.groups, left, found.gone)
+        priced = self.price({DENSE: lambda: self.model, name: made})
+        return self.costs.dense * priced[name] / priced[DENSE]
+
+
+def _decide(plan: _Plan, allowed: float, searched: int) -> tuple[_Found, float]:
+    """Return levels and layers, and what they cost: within the budget, if two searches do."""
+    best = plan.allocate(allowed, ())
+    gone: tuple[str, ...] = ()
+    while plan.inside and (least := plan.trial.next_layer(gone)) and least[1] < best.losses[0]:
+        gone = *gone, least[0]
+        tried = plan.allocate(allowed, gone)
+        best = tried if tried.losses[0] < best.losses[0] else best
+    # Measured costs do not quite add up, and noise in them is taken for cost.
+    reached = plan.true_cost(best)
+    within = allowed - (reached - plan.cost(best))
+    for _ in range(ALLOCATIONS):
+        best = plan.allocate(within, best.gone, searched)
+        reached = plan.true_cost(best)
+        if reached <= (1 + CLOSE) * allowed:
+            break
+        within -= reached - allowed
+    return best, reached
+
+
+def _cut(
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    levels: Sequence[Sequence["_Level"]],
+    found: _Found,
+    inside: Mapping[str, Sequence[int]],
+) -> tuple[dict[str, list[int]], dict[str, tuple[float, float]]]:
+    """Cut to what was found; return removed units and repair errors, but of layers that go."""
+    removed, repairs = {}, {}
+    with_layers = {at for name in found.gone for at in inside[name]}
+    for place, (group, of_group, at) in enumerate(zip(groups, levels, found.levels, strict=True)):
+        level = of_group[at]
+        if place in with_layers or len(level.places) == len(group.kept):
+            continue
+        units = set(range(len(group.kept))) - set(level.places.tolist())
+        removed[group.path] = [group.kept[unit] for unit in sorted(units)]
+        repairs[group.path] = (level.unrepaired, level.error)
+        pruning.cut_and_write(model, group, level.places, level.weight())
+    surgery.cut_layers(model, found.gone)
+    return removed, repairs
 
 
 def _errors(
@@ -247,14 +336,24 @@ class _Trial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for group, weight in zip(self._groups, self._whole, strict=True):
-            pruning.write_reader(group, weight)
+        self._restore()
 
-    def divergence(self, chosen: tuple[int, ...]) -> float:
-        """Return KL(dense || model at these levels), the mean over batches, in nats."""
+    def divergence(self, chosen: tuple[int, ...], gone: Sequence[str] = ()) -> float:
+        """Return KL(dense || model at these levels without these layers), in nats."""
         for group, of_group, at in zip(self._groups, self._levels, chosen, strict=True):
             pruning.write_reader(group, of_group[at].masked(group))
-        return divergence(self._model, self._dense, self._held_out)
+        found = depth.candidates(self._model)
+        with depth.without(found[name] for name in gone):
+            return divergence(self._model, self._dense, self._held_out)
+
+    def next_layer(self, gone: Sequence[str]) -> tuple[str, float] | None:
+        """Return the layer that is missed least beside those that are gone; see `depth`."""
+        self._restore()
+        return depth.next_layer(self._model, self._dense, gone, self._held_out)
+
+    def _restore(self) -> None:
+        for group, weight in zip(self._groups, self._whole, strict=True):
+            pruning.write_reader(group, weight)
 
 
 def _counts(group: Group, multiple: int) -> list[int]:
@@ -322,15 +421,48 @@ def _costs(
     return _Costs(costs, found[DENSE])
 
 
+def _inside(model: PreTrainedModel, groups: Sequence[Group]) -> dict[str, list[int]]:
+    """Return the places of the groups that lie in each layer that may go."""
+    depth.refuse_layers(model)
+    found = {}
+    for name, block in depth.blocks(model).items():
+        modules = set(block.modules())
+        found[name] = [at for at, group in enumerate(groups) if group.module in modules]
+    return found
+
+
+def _spared(
+    costs: _Costs, model: PreTrainedModel, inside: Mapping[str, Sequence[int]], price: Price
+) -> dict[str, float]:
+    """Return what a layer costs beside its units, never less than nothing; alike in a stack."""
+    stacks: dict[str, str] = {}
+    for name in inside:
+        stacks.setdefault(name.rpartition(".")[0], name)
+    if not stacks:
+        return {}
+    made = {name: partial(_variant, model, (), (), (name,)) for name in stacks.values()}
+    found = price({DENSE: lambda: model, **made})
+    of_stack = {
+        stack: costs.dense * (1 - found[name] / found[DENSE])
+        - sum(float(costs.levels[at][0]) for at in inside[name])
+        for stack, name in stacks.items()
+    }
+    return {name: max(of_stack[name.rpartition(".")[0]], 0.0) for name in inside}
+
+
 def _variant(
-    model: PreTrainedModel, groups: Sequence[Group], counts: Sequence[int]
+    model: PreTrainedModel,
+    groups: Sequence[Group],
+    counts: Sequence[int],
+    without: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """Return a copy with so many units left in each of the groups, whichever they are."""
+    """Return a copy with so many units left in each of the groups, and without these layers."""
     wanted = {(g.kind, g.key): count for g, count in zip(groups, counts, strict=True)}
     cut = copy.deepcopy(model)
     for group in structure.groups(cut):
         if (group.kind, group.key) in wanted:
             surgery.keep(cut, group, list(group.kept[: wanted[group.kind, group.key]]))
+    surgery.cut_layers(cut, without)
     return cut
 
 

@@ -119,7 +119,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
         try:
             reached = goals.reach(
                 model,
-                goal.units,
+                [kind for kind in goal.units if kind != "layers"],
                 allowed,
                 priced,
                 criterion=step.criterion,
@@ -127,6 +127,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
                 multiple=step.multiple,
                 searched=goal.search,
                 seed=work.recipe.seed,
+                layers="layers" in goal.units,
                 data=data,
                 held_out=list(_held_out(work)),
                 total=total,
@@ -143,6 +144,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
             "dense_cost": reached.dense_cost,
             "predicted_cost": reached.predicted_cost,
             "divergence_first_and_searched": reached.divergence,
+            "dropped_layers": reached.layers,
         }
         return work.write(model, folder, details)
 

@@ -68,14 +68,18 @@ class Goal(Strict):
     """The share that is left."""
     load: int = Field(default=0, ge=0)
     """At which of the target's loads, by its place among them."""
-    units: tuple[Literal["heads", "neurons"], ...] = Field(("heads", "neurons"), min_length=1)
-    """What may go."""
+    units: tuple[Literal["heads", "neurons", "layers"], ...] = Field(
+        ("heads", "neurons"), min_length=1
+    )
+    """What may go. Layers go as a whole, beside heads or neurons."""
     search: int = Field(default=50, ge=0)
     """Steps of the search on the divergence from the dense model's outputs."""
 
     @model_validator(mode="after")
     def _one(self) -> Self:
         measures = ("speedup", "latency_ms", "multiply_adds", "parameters")
+        if set(self.units) == {"layers"}:
+            raise ValueError("units: found layers alone, expected heads or neurons beside them")
         given = [name for name in measures if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"found {given or 'none'}, expected one of {list(measures)}")

@@ -250,7 +250,8 @@ class Work:
     def _check_family(self) -> None:
         prunes = [step for step in self.recipe.steps if isinstance(step, Prune)]
         known = not prunes or self.config.model_type in ARCHITECTURES
-        if known and not any(s.uniform or s.repair == "bias" or s.layers for s in prunes):
+        careful = (s.uniform or s.repair == "bias" or s.layers or s.goal for s in prunes)
+        if known and not any(careful):
             return
         source, auto_class, revision = self.source, self.task.auto_class, self.recipe.model.revision
         hint = "without a prune step it can be trained, quantized and exported"
@@ -261,11 +262,11 @@ class Work:
                 fractions: dict[structure.Kind, float]
                 fractions = {"heads": step.heads, "neurons": step.neurons}
                 kinds = {kind for kind, share in fractions.items() if share or step.sublayers}
-                kinds |= set(step.goal.units) if step.goal else set()
-                groups = [g for g in structure.groups(model) if g.kept and g.kind in kinds]
+                asked = {*kinds, *(step.goal.units if step.goal else ())}
+                groups = [g for g in structure.groups(model) if g.kept and g.kind in asked]
                 hint = "a bias cannot be added to this family"
                 pruning.refuse_repair(groups, step.repair)
-                if step.layers:
+                if step.layers or (step.goal and "layers" in step.goal.units):
                     hint = "leave `layers` out"
                     depth.refuse_layers(model)
                 hint = "leave `uniform` out, cut neurons alone, or choose another share"

@@ -23,13 +23,14 @@ def reach(
     repair="least-squares",
     price=prices.parameters,
     criterion="magnitude",
+    layers=False,
 ):
     def data():
         return iter([inputs(model, length) | labels(model, length) for length in range(8, 14)])
 
     return goals.reach(
         model, kinds, lambda dense: dense * share, price, criterion=criterion,
-        repair=repair, searched=searched, data=data, held_out=list(data()), total=6,
+        repair=repair, searched=searched, layers=layers, data=data, held_out=list(data()), total=6,
     )  # fmt: skip
 
 
@@ -109,6 +110,32 @@ def test_what_was_cut_by_exchanges_too_is_what_is_told():
     assert model.num_parameters() == pytest.approx(reached.predicted_cost, rel=1e-6)
 
 
+def test_a_layer_that_does_nothing_goes_as_a_whole():
+    model, dense = tiny("llama"), tiny("llama")
+    for of in (model, dense):
+        with torch.no_grad():
+            for group in structure.groups(of):
+                if group.layer == 1:
+                    group.reader.weight.zero_()
+    layer = sum(p.numel() for p in model.model.layers[1].parameters())
+    reached = reach(model, 1 - 0.999 * layer / model.num_parameters(), layers=True)
+    assert reached.layers == ("layers.1",)
+    assert not reached.choice.removed
+    assert len(model.model.layers) == 2
+    assert model.num_parameters() == reached.predicted_cost
+    batches = [inputs(model, length) | labels(model, length) for length in range(8, 14)]
+    assert divergence(model, dense, batches) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_layers_heads_and_neurons_go_together(family):
+    model, dense = tiny(family), tiny(family)
+    reached = reach(model, 0.8, layers=True)
+    assert model.num_parameters() == reached.predicted_cost <= 0.82 * dense.num_parameters()
+    batches = [inputs(model, length) | labels(model, length) for length in range(8, 14)]
+    assert divergence(model, dense, batches) == pytest.approx(min(reached.divergence), rel=1e-3)
+
+
 def test_the_search_does_not_make_it_worse():
     first = reach(tiny("bert"), 0.7, searched=0)
     searched = reach(tiny("bert"), 0.7, searched=30)
@@ -186,6 +213,22 @@ def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime, monkeypat
     assert stage["gain_note"].endswith(f" (predicted: {ratio:.2f}x faster)")
 
 
+def test_layers_of_a_recipe_go_beside_heads_and_neurons(tmp_path):
+    path = recipe(tmp_path, multiply_adds=0.6, units=["heads", "neurons", "layers"])
+    stage = last(path, tmp_path / "out")
+    assert (
+        counting.total(from_pretrained(stage["folder"]), 16) == stage["details"]["predicted_cost"]
+    )
+    assert stage["details"]["dropped_layers"] is not None
+
+
+def test_a_goal_of_layers_that_have_to_stay_is_refused(tmp_path):
+    path = recipe(tmp_path, parameters=0.9, units=["heads", "neurons", "layers"])
+    write_model(tmp_path / "model", family="albert", pad_token_id=0)
+    with pytest.raises(ModelError, match="leave `layers` out"):
+        run(path, tmp_path / "out")
+
+
 def test_a_recipe_with_a_goal_out_of_reach_is_refused(tmp_path):
     with pytest.raises(ModelError, match="goal: found a cost of"):
         run(recipe(tmp_path, parameters=0.01), tmp_path / "out")
@@ -196,6 +239,7 @@ def test_a_recipe_with_a_goal_out_of_reach_is_refused(tmp_path):
     [
         ({"speedup": 2, "parameters": 0.5}, "found .'speedup', 'parameters'., expected one of"),
         ({}, "found none, expected one of"),
+        ({"speedup": 2, "units": ["layers"]}, "units: found layers alone, expected heads or"),
         ({"speedup": 2, "load": 3}, "goal.load: found 3, expected less than 1"),
     ],
 )
