@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.examples import Arrays, collate
 from benchmarks.worker import Predictor
 from exporters import ExportError, onnx
-from exporters.onnx import triton
+from exporters.onnx import sound, triton
 from exporters.onnx.session import CONFIG, PROVIDERS
 from pipeline import card, infer
 from pipeline.manifest import MANIFEST
@@ -60,6 +60,8 @@ def write(folder: Path, work: Work, last: Artifact, report: Mapping[str, Any]) -
     (folder / MANIFEST).unlink()  # the artifact gets its own
     # A torch model is deployed as such, whatever it was measured in.
     runtime = "torch" if last.format == "torch" else work.recipe.target.runtime
+    for path in sorted(folder.glob("onnx/*.onnx")):
+        sound.check(path)
     settings = _settings(work, runtime) | {"tolerance": _record(folder, work, runtime)}
     text = json.dumps(settings, indent=1, ensure_ascii=False)
     (folder / infer.SETTINGS).write_text(text, encoding="utf-8")

@@ -317,7 +317,8 @@ def _verify(options: argparse.Namespace) -> int:
     out.print(
         f"{escape(str(options.folder))}: {found.files} files, {found.size_bytes / 1e6:.1f} MB,"
         f" {found.graphs} sound graphs; recorded outputs met within {found.difference:.1e}"
-        f" (at most {found.tolerance:.1e}); released as: {found.outcome}",
+        f" (at most {found.tolerance:.1e}); released as: {found.outcome}"
+        f"{'; the engine was not opened, but the graph it was built from' * found.unopened}",
         soft_wrap=True,
     )
     return 0

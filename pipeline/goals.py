@@ -386,8 +386,9 @@ class _Costs:
         """Raise OutOfReach if no levels cost as little as is allowed."""
         if allowed < self.fixed:
             raise OutOfReach(
-                f"goal: found a cost of {self.fixed:.4g} with no units left, expected at most"
-                f" {allowed:.4g} of {self.dense:.4g}; choose a nearer goal"
+                f"goal: found a cost of {self.fixed:.4g} with no units left, which is"
+                f" {self.fixed / self.dense:.3f} of the whole, expected at most {allowed:.4g},"
+                f" {allowed / self.dense:.3f} of it; choose a nearer goal"
             )
 
 

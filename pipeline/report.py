@@ -177,8 +177,24 @@ def step_words(step: Mapping[str, Any] | None) -> str:
     """Return a step and those of its settings that are not none, off or 0, in one line."""
     if step is None:
         return "the model as it came"
-    settings = [f"{key} {value}" for key, value in step.items() if key != "step" and value]
+    blocks = {"algorithm", "block_size", "symmetric"}  # of weights alone
+    other = step["step"] == "quantize" and not step["method"].endswith("-weights")
+    settings = [
+        f"{key} {_setting(value)}"
+        for key, value in step.items()
+        if key != "step" and value and not (other and key in blocks)
+    ]
     return ", ".join([str(step["step"]), *settings])
+
+
+def _setting(value: Any) -> str:
+    """Return a setting, or those of one that has some itself and are given."""
+    if isinstance(value, Mapping):
+        given = [f"{key} {_setting(each)}" for key, each in value.items() if each]
+        return f"({', '.join(given)})"
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return str(value)
 
 
 SAME: Final = "the same file as the stage before"
@@ -189,9 +205,15 @@ SHOWN: Final = 50_000
 
 def notes(stage: Mapping[str, Any]) -> list[str]:
     """Return what a step gained, what a quantization changed, and where the bytes are now."""
-    if stage["gain_note"] == SAME:
-        return [SAME]
     details, changed = stage["details"], list[str]()
+    undone = [
+        f"round {at} taken back: {done['selection']:.4g} on the selection split,"
+        f" {details['selection_before']:.4g} before the step"
+        for at, done in enumerate(details.get("rounds", ()), 1)
+        if not done.get("kept", True)
+    ]
+    if stage["gain_note"] == SAME:
+        return [SAME, *undone]
     if "quantized_nodes" in details:
         changed.append(f"{details['quantized_nodes']} nodes quantized")
         if details.get("reduce_range"):
@@ -201,7 +223,7 @@ def notes(stage: Mapping[str, Any]) -> list[str]:
     parts = details.get("bytes_by_part", {}) if stage["gain_note"] else {}
     largest = sorted(parts.items(), key=lambda item: -item[1])
     sizes = ", ".join(f"{part} {size / 1e6:.1f} MB" for part, size in largest if size >= SHOWN)
-    return [line for line in (stage["gain_note"], ", ".join(changed), sizes) if line]
+    return [line for line in (stage["gain_note"], *undone, ", ".join(changed), sizes) if line]
 
 
 def check_line(check: Mapping[str, Any]) -> str:

@@ -144,6 +144,11 @@ def _gain_note(before: Stage, stage: Stage) -> str:
         for load in stage.loads
         if load.gain["low"] > 1 + NOTABLE
     ]
+    gains += [
+        f"slower at {shape(asdict(load))}: {load.gain['value']:.2f}x as fast"
+        for load in stage.loads
+        if load.gain["high"] < 1 - NOTABLE
+    ]
     for what, now, then in (
         ("size", stage.size_bytes, before.size_bytes),
         ("peak memory", stage.memory["peak_rss_bytes"], before.memory["peak_rss_bytes"]),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from benchmarks.machine import usable_cores
-from exporters import MissingDependency
+from exporters import ExportError, MissingDependency
+from exporters.onnx import sound
+from exporters.tensorrt.engine import PLAN
 from pipeline import manifest
 from pipeline.manifest import Damaged
 from pipeline.openers import OPENERS, opener
@@ -24,7 +24,8 @@ class Verified:
     """What was found good.
 
     `difference` is the largest one to the recorded outputs, relative to the largest output, and
-    `tolerance` what it may be.
+    `tolerance` what it may be; `unopened`: there is an engine, which was not run, but the graph
+    that it was built from.
     """
 
     files: int
@@ -33,6 +34,7 @@ class Verified:
     outcome: str
     difference: float
     tolerance: float
+    unopened: bool
 
 
 def verify(folder: Path) -> Verified:
@@ -45,10 +47,16 @@ def verify(folder: Path) -> Verified:
     files, about = manifest.read(folder)
     graphs = [folder / name for name in files if name.endswith(".onnx")]
     for path in graphs:
-        _check(path)
+        try:
+            sound.check(path)
+        except ExportError as error:
+            raise Damaged(str(error)) from error
     settings = folder / "inference.json"
     if not settings.is_file():
-        raise Damaged(f"{settings}: found none, expected a released artifact, not a stage")
+        raise Damaged(
+            f"{settings}: found none, expected that of a released artifact; a stage, or an engine"
+            " that was made without a recipe, has no recorded outputs"
+        )
     told = _settings(settings)
     difference, tolerance = _rerun(folder, told), told["tolerance"]
     if not difference <= tolerance:
@@ -64,6 +72,7 @@ def verify(folder: Path) -> Verified:
         outcome=about.get("verdict", {}).get("outcome", "unknown"),
         difference=difference,
         tolerance=tolerance,
+        unopened=(folder / PLAN).is_file() and told["runtime"] != "tensorrt",
     )
 
 
@@ -82,19 +91,6 @@ def _settings(path: Path) -> dict[str, Any]:
     if wrong or told["runtime"] not in OPENERS or told["device"] not in {"cpu", "cuda"}:
         raise Damaged(f"{path}: found no sound settings, expected those of a released artifact")
     return dict(told)
-
-
-def _check(path: Path) -> None:
-    """Raise Damaged if a graph is not sound.
-
-    Nor is one whose weights lie outside its folder (onnx from 1.21 on).
-    """
-    try:
-        onnx.checker.check_model(str(path))
-    except Exception as error:
-        # DecodeError and ValidationError derive from Exception alone.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Damaged(f"{path}: not a sound graph: {reason}") from error
 
 
 def _rerun(folder: Path, settings: Mapping[str, Any]) -> float:

@@ -224,7 +224,7 @@ def test_weights_outside_the_folder_are_told(artifact):
 
 def test_a_stage_is_no_artifact(published):
     (stage, *_) = published.parent.glob("stages/quantize-*")
-    with pytest.raises(Damaged, match=r"inference.json: found none, expected a released artifact"):
+    with pytest.raises(Damaged, match=r"inference.json: found none, expected that of a released"):
         verify(stage)
 
 
@@ -343,6 +343,18 @@ def test_infer_goes_on_with_a_text_as_torch_does(tmp_path):
     (answer,) = infer.Model(artifact)([text])
     texts = tokenizer.batch_decode([wanted[0], ids[0]], skip_special_tokens=True)
     assert answer["continuation"] == texts[0][len(texts[1]) :]
+    fused = onnx.load(artifact / "onnx" / "model.onnx")
+    assert "SimplifiedLayerNormalization" in {node.op_type for node in fused.graph.node}
+    assert verify(artifact).graphs == 2  # Triton's copy is one
+    about = read_about(artifact)
+    onnx.save(fused, artifact / "onnx" / "model.onnx", save_as_external_data=True,
+              location="model.onnx_data", size_threshold=1024)  # fmt: skip
+    seal(artifact, about)
+    assert verify(artifact).graphs == 2
+    (artifact / "onnx" / "model.onnx_data").rename(artifact / "elsewhere.bin")
+    seal(artifact, about)
+    with pytest.raises(Damaged, match="expected them in a whole file of that folder"):
+        verify(artifact)
 
 
 @pytest.mark.parametrize("processor", ["vit", "deit"])
