@@ -165,14 +165,16 @@ class Prune(Limited):
             )
         if self.sublayers and self.uniform:
             raise ValueError("found `sublayers` and `uniform`, expected one of them")
-        even = self.uniform or self.per_layer
-        alone = self.criterion in LEARNERS or self.rounds > 1 or even
-        if self.goal is not None and (alone or self.allowed is not None):
-            raise ValueError(
-                "goal: found a criterion that learns, `rounds`, a limit, `per_layer` or `uniform`,"
-                " expected none"
-                " of them beside a goal"
-            )
+        beside = {
+            self.criterion: self.criterion in LEARNERS,
+            "rounds": self.rounds > 1,
+            "per_layer": self.per_layer,
+            "uniform": self.uniform,
+            "a limit": self.allowed is not None,
+        }
+        found = [name for name, there in beside.items() if there]
+        if self.goal is not None and found:
+            raise ValueError(f"found {', '.join(found)} beside a goal, expected none of them")
         if self.criterion in LEARNERS and self.finetune is None:
             raise ValueError(f"{self.criterion} learns while the model trains, expected `finetune`")
         if self.criterion in LEARNERS and (self.rounds > 1 or self.allowed is not None):

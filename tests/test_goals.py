@@ -246,3 +246,21 @@ def test_a_recipe_with_a_goal_out_of_reach_is_refused(tmp_path):
 def test_goals_that_say_nothing_or_too_much_are_refused(tmp_path, goal, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.from_yaml(recipe(tmp_path, **goal))
+
+
+@pytest.mark.parametrize(
+    ("beside", "found"),
+    [
+        ({"per_layer": True, "uniform": True}, "per_layer, uniform"),
+        ({"rounds": 2}, "rounds"),
+        ({"criterion": "movement"}, "movement"),
+        ({"max_drop": 0.1}, "a limit"),
+    ],
+)
+def test_what_cannot_stand_beside_a_goal_is_named(tmp_path, beside, found):
+    path = recipe(tmp_path, parameters=0.8)
+    content = yaml.safe_load(path.read_text())
+    content["steps"][0] |= beside
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecipeError, match=f"found {found} beside a goal, expected none of them"):
+        Recipe.from_yaml(path)
