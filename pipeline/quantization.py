@@ -224,13 +224,11 @@ def _halved(graph: ModelProto, options: Options) -> ModelProto:
     means = {n for node in graph.graph.node if node.op_type == "ReduceMean" for n in node.output}
     # What is added to a mean square is too small for fp16, and the mean may be too large.
     norms = {node.name for node in graph.graph.node if means & set(node.input)}
-    with quiet(), _stored(graph) as source:
-        # In a file, for a graph in memory may have 2 GiB at most.
-        onnx.shape_inference.infer_shapes_path(source)
+    with quiet():
         converted = convert_float_to_float16(
-            onnx.load(source),
+            graph,
             keep_io_types=True,
-            disable_shape_infer=True,
+            disable_shape_infer=False,
             op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_FP32],
             node_block_list=sorted(options.left | norms),
         )

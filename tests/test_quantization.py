@@ -316,7 +316,7 @@ def test_migration_changes_no_output(tmp_path, exported):
     np.testing.assert_allclose(logits(tmp_path / "m.onnx"), exact, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["int8-dynamic", "int8-static", "fp16", "int8-weights"])
+@pytest.mark.parametrize("method", ["int8-dynamic", "int8-static", "int8-weights"])
 def test_large_weights_lie_beside_the_graph_under_the_name_that_servers_know(
     tmp_path, exported, monkeypatch, method
 ):

@@ -160,8 +160,7 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
     content["budget"] = {"max_drop": 0.9}
     training = {"epochs": 1, "batch_size": 31, "learning_rate": 1e-4}
     content["steps"] = [
-        {"step": "prune", "heads": 0.25, "criterion": "exact-k", "finetune": training},
-        {"step": "prune", "neurons": 0.25},
+        {"step": "prune", "heads": 0.25, "neurons": 0.25},
         {"step": "finetune", **training},
     ]
     path.write_text(yaml.safe_dump(content))
