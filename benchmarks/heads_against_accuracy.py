@@ -134,7 +134,9 @@ def main() -> None:
     for length in SEQUENCES:
         columns += [f"speedup 1x{length}", "ceiling"]
     table = Table(*columns)
-    table.add_row(*uncut(options))
+    cells = uncut(options)
+    print("\t".join(cells), flush=True)  # noqa: T201 - as the rows below
+    table.add_row(*cells)
     for method, steps in methods:
         for removed, prune in steps:
             cells = [method, removed, *row(options, prune)]

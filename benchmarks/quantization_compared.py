@@ -21,11 +21,13 @@ from pipeline.runner import run
 
 LOADS: Final = ((1, 128), (8, 128))
 INT4: Final = {"method": "int4-weights", "embeddings": True}
+LIMITED: Final[dict[str, Any]] = {"method": "int8-dynamic", "embeddings": True}
+"""Layers stay as they are until next to nothing is lost on the selection split."""
 CASES: Final[dict[str, dict[str, Any]]] = {
     "fp16": {"method": "fp16"},
     "int8-dynamic": {"method": "int8-dynamic"},
     "int8-dynamic, embeddings": {"method": "int8-dynamic", "embeddings": True},
-    "int8-dynamic, limited": {"method": "int8-dynamic", "embeddings": True, "limit": True},
+    "int8-dynamic, limited": LIMITED,
     "int8-dynamic, migrated": {"method": "int8-dynamic", "embeddings": True, "migration": 0.5},
     "int8-static": {"method": "int8-static", "embeddings": True},
     "int8-static, migrated": {"method": "int8-static", "embeddings": True, "migration": 0.5},
@@ -45,12 +47,11 @@ CASES: Final[dict[str, dict[str, Any]]] = {
 def row(options: argparse.Namespace, quantize: dict[str, Any]) -> list[str]:
     """Return the score, what was lost of it with its interval, flips, size and speedups."""
     content = task(options.data)
-    if quantize.get("limit"):  # layers stay as they are until next to nothing is lost
+    if quantize is LIMITED:
         splits = content["task"]["splits"]
         splits |= {"selection": splits["calibration"], "calibration": None}
-        limits = {True: {"max_drop": 0.002}, False: {"max_perplexity_ratio": 1.002}}
-        quantize = quantize | limits[options.data.is_dir()]
-        del quantize["limit"]
+        limit = {"max_drop": 0.002} if options.data.is_dir() else {"max_perplexity_ratio": 1.002}
+        quantize = quantize | limit
     content |= {
         "model": {"source": options.model},
         "target": {

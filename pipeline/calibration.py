@@ -23,6 +23,10 @@ Batch = dict[str, Tensor]
 BATCH: Final = 16
 """Windows a batch."""
 
+Seen = list[tuple[str, Tensor, Tensor]]
+"""Runs of readers: the name, its input, and where the gradient is asked for. A reader that layers
+share runs several times."""
+
 
 def batches(
     examples: Sequence[Example], padding: Mapping[str, int], size: int, *, every: int = 1
@@ -74,26 +78,19 @@ def mask_gradients(
         FloatingPointError: a loss is not finite.
         ValueError: the data have no labels.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in readers}
-    seen: list[tuple[str, Tensor]] = []  # a reader that layers share runs several times
+    seen: Seen = []
 
     def see(name: str, states: Tensor) -> None:
         if not states.requires_grad:
             states.requires_grad_()
-        seen.append((name, states))
+        seen.append((name, states.detach(), states))
+
+    def each(name: str, states: Tensor, gradient: Tensor, size: int) -> Tensor:
+        products = (states * gradient).reshape(size, -1, states.shape[-1]).sum(1)
+        return products.reshape(size, counts[name], -1).sum(2)
 
     with watching(readers, see):
-        for size, loss in _losses(model, track(data, "scoring units", total)):
-            gradients = torch.autograd.grad(loss, [states for _, states in seen])
-            sums: dict[str, Tensor] = {}
-            for (name, states), gradient in zip(seen, gradients, strict=True):
-                products = (states.detach() * gradient).reshape(size, -1, states.shape[-1]).sum(1)
-                each = products.reshape(size, counts[name], -1).sum(2)
-                sums[name] = sums[name] + each if name in sums else each
-            for name, each in sums.items():
-                found[name].append(each)
-            seen.clear()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+        return _by_reader(model, track(data, "scoring units", total), seen, each)
 
 
 def change_gradients(
@@ -115,8 +112,7 @@ def change_gradients(
         FloatingPointError: a loss is not finite.
         ValueError: the data have no labels.
     """
-    found: dict[str, list[Tensor]] = {name: [] for name in readers}
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    seen: Seen = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def see(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -126,20 +122,34 @@ def change_gradients(
 
         return see
 
+    def each(name: str, states: Tensor, gradient: Tensor, size: int) -> Tensor:
+        return _inner(states, gradient, changes[name], size)
+
     handles = [module.register_forward_hook(hook(name)) for name, module in readers.items()]
     try:
-        for size, loss in _losses(model, track(data, "scoring levels", total)):
-            gradients = torch.autograd.grad(loss, [output for *_, output in seen])
-            sums: dict[str, Tensor] = {}
-            for (name, states, _), gradient in zip(seen, gradients, strict=True):
-                each = _inner(states, gradient, changes[name], size)
-                sums[name] = sums[name] + each if name in sums else each
-            for name, each in sums.items():
-                found[name].append(each)
-            seen.clear()
+        return _by_reader(model, track(data, "scoring levels", total), seen, each)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _by_reader(
+    model: PreTrainedModel,
+    data: Iterable[Batch],
+    seen: Seen,
+    each: Callable[[str, Tensor, Tensor, int], Tensor],
+) -> dict[str, Tensor]:
+    """Return what `each` makes of every run of a reader `(windows, ...)`, summed over its runs."""
+    found: dict[str, list[Tensor]] = {}
+    for size, loss in _losses(model, data):
+        gradients = torch.autograd.grad(loss, [at for *_, at in seen])
+        sums: dict[str, Tensor] = {}
+        for (name, states, _), gradient in zip(seen, gradients, strict=True):
+            part = each(name, states, gradient, size)
+            sums[name] = sums[name] + part if name in sums else part
+        for name, part in sums.items():
+            found.setdefault(name, []).append(part)
+        seen.clear()
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -135,12 +135,12 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
     from benchmarks.machine import Unavailable
     from benchmarks.worker import WorkerError
     from exporters import ExportError, MissingDependency, NotHere
-    from pipeline.budget import RecipeError
     from pipeline.checkpoint import ModelError
     from pipeline.finetuning import TrainingError
     from pipeline.gate import EvidenceError
     from pipeline.manifest import Damaged
     from pipeline.quantization import QuantizationError
+    from pipeline.reading import RecipeError
 
     wrong = (RecipeError, DataError, ModelError, EvidenceError, Damaged)
     unavailable = (Unavailable, MissingDependency, NotHere)
@@ -226,8 +226,8 @@ def _check_one(path: Path) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from pipeline.budget import RecipeError
     from pipeline.inspection import draw, head_scores, inspect
+    from pipeline.reading import RecipeError
     from pipeline.recipe import Recipe
     from pipeline.sources import resolve
 
@@ -274,15 +274,17 @@ def _per_layer_config(source: str) -> str:
 
 def _gate(options: argparse.Namespace) -> int:
     from pipeline import ci
-    from pipeline.budget import Budget, RecipeError
+    from pipeline.budget import Budget
     from pipeline.gate import EvidenceError
     from pipeline.judging import judge_again
+    from pipeline.reading import RecipeError
+    from pipeline.writing import write_text
 
     path = options.report / "report.json" if options.report.is_dir() else options.report
     try:
         report = judge_again(path, Budget.from_yaml(options.budget) if options.budget else None)
         if options.junit:
-            options.junit.write_text(ci.junit(report), encoding="utf-8")
+            write_text(options.junit, ci.junit(report))
         if options.github:
             print(*ci.annotations(report), sep="\n")  # noqa: T201 - commands, not for people
             if summary := os.environ.get("GITHUB_STEP_SUMMARY"):

@@ -25,10 +25,10 @@ from pipeline import (
     structure,
     surgery,
 )
-from pipeline.budget import RecipeError
 from pipeline.checkpoint import ModelError
 from pipeline.criteria import CRITERIA
 from pipeline.masks import LEARNERS
+from pipeline.reading import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.settings import Prune
 from pipeline.work import Work

@@ -7,14 +7,17 @@ verdict follows from these and from the report's numbers alone, the same one eve
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
+
+from pydantic import ValidationError
 
 from benchmarks.outcomes import Outcomes
 from pipeline import gate
 from pipeline.budget import Budget
 from pipeline.gate import EvidenceError
+from pipeline.manifest import file_hash
 from pipeline.report import SCHEMA, Load, Score, Stage
 
 EVIDENCE: Final = "evidence"
@@ -30,7 +33,7 @@ def keep(folder: Path, baseline: Outcomes, candidate: Outcomes) -> None:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of what `keep` wrote, by side."""
-    return {side: _sha256((folder / _name(side)).read_bytes()) for side in SIDES}
+    return {side: file_hash(folder / _name(side)) for side in SIDES}
 
 
 def judge_again(path: Path, budget: Budget | None = None) -> dict[str, Any]:
@@ -40,7 +43,7 @@ def judge_again(path: Path, budget: Budget | None = None) -> dict[str, Any]:
         EvidenceError: the report, or its outcomes, are missing, damaged, or not of one run.
     """
     report = _read(path)
-    limits = budget or Budget.model_validate(report["recipe"]["budget"])
+    limits = budget or _own(report, path)
     baseline, candidate = (
         _outcomes(path.parent / EVIDENCE / _name(side), report["evidence"][side]) for side in SIDES
     )
@@ -48,12 +51,19 @@ def judge_again(path: Path, budget: Budget | None = None) -> dict[str, Any]:
     stages = [_stage(stage) for stage in report["stages"]]
     metric = stages[-1].score.metric
     checks = gate.checks(limits, metric, baseline.columns, candidate.columns, stages)
-    verdict = asdict(replace(gate.judge(checks), checks=checks))
+    verdict = asdict(gate.judge(checks))
     recipe = report["recipe"] | {"budget": limits.model_dump(mode="json")}
     again: dict[str, Any] = json.loads(
         json.dumps(report | {"recipe": recipe, "verdict": verdict}, allow_nan=False)
     )
     return again
+
+
+def _own(report: Mapping[str, Any], path: Path) -> Budget:
+    try:
+        return Budget.model_validate(report["recipe"]["budget"])
+    except (ValidationError, KeyError, TypeError):
+        raise EvidenceError(f"{path}: found no budget in its recipe; give one") from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -66,9 +76,11 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         found = report.get("schema") if isinstance(report, dict) else type(report).__name__
         raise EvidenceError(f"{path}: found the schema {found}, expected {SCHEMA}; run it again")
-    missing = {"recipe", "stages", "evidence", "verdict", "baseline"} - report.keys()
-    if missing or not report["stages"] or set(report["evidence"]) != set(SIDES):
-        raise EvidenceError(f"{path}: found no {sorted(missing) or 'stages'}, expected all of them")
+    needed = ("recipe", "stages", "evidence", "verdict", "baseline")
+    missing = [key for key in needed if not report.get(key)]
+    missing += [f"evidence.{side}" for side in SIDES if side not in report.get("evidence", {})]
+    if missing:
+        raise EvidenceError(f"{path}: found nothing under {', '.join(missing)}, expected all of it")
     return report
 
 
@@ -80,7 +92,7 @@ def _outcomes(path: Path, expected: str) -> Outcomes:
         raise EvidenceError(
             f"{path}: cannot be read: {error.strerror}; it belongs beside report.json"
         ) from None
-    if _sha256(content) != expected:
+    if hashlib.sha256(content).hexdigest() != expected:
         raise EvidenceError(f"{path}: found other outcomes than the report's, expected those")
     return Outcomes.parse(content)
 
@@ -102,7 +114,3 @@ def _stage(stage: Mapping[str, Any]) -> Stage:
 
 def _name(side: str) -> str:
     return f"{side}.safetensors"
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

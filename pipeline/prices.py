@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from benchmarks import speed
 from exporters import onnx
 from pipeline import checkpoint, counting, measuring
-from pipeline.goals import Variants
+from pipeline.costs import Variants
 from pipeline.measuring import Bench, Target
 from pipeline.work import Work
 

@@ -13,10 +13,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
-from pipeline.budget import Budget, Positive, RecipeError, Strict, read_yaml, unknown
+from pipeline.budget import Budget
 from pipeline.mistakes import explain
 from pipeline.quantization import METHODS
+from pipeline.reading import Positive, RecipeError, Strict, read_yaml, unknown
 from pipeline.settings import (
+    INNER,
+    STEPS,
     Export,
     Finetune,
     Limited,
@@ -147,14 +150,11 @@ class Recipe(Strict):
             RecipeError: the file is missing, is not YAML, or is not a recipe.
         """
         path = Path(path)
-        content = read_yaml(path)
-        if not isinstance(content, dict):
-            found = "an empty file" if content is None else type(content).__name__
-            raise RecipeError(f"{path}: found {found}, expected a mapping with the key `model`")
+        content = read_yaml(path, "the key `model`")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise RecipeError(explain(path, error, _kinds())) from None
+            raise RecipeError(explain(path, error, _kinds(), STEPS, INNER)) from None
 
 
 def _order_mistakes(recipe: Recipe) -> Iterator[str]:

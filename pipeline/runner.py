@@ -24,8 +24,9 @@ from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
 from pipeline.settings import Export, Finetune, Prune, Quantize, trained
 from pipeline.stages import measure
-from pipeline.store import publish, write_text
+from pipeline.store import publish
 from pipeline.work import Artifact, Work
+from pipeline.writing import write_text
 
 
 def run(

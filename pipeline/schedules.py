@@ -18,6 +18,7 @@ from benchmarks.data import DataError
 from pipeline import (
     calibration,
     checkpoint,
+    costs,
     depth,
     goals,
     native,
@@ -94,13 +95,13 @@ def _cut(work: Work, step: Prune, before: Artifact) -> Entry:
 def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
     """Cut to a goal; what levels cost is an entry of its own, for other steps to use."""
     load = work.recipe.target.loads[goal.load]
-    price: goals.Price = prices.parameters
+    price: costs.Price = prices.parameters
     if goal.multiply_adds:
         price = partial(prices.multiply_adds, sequence=load.sequence)
     elif goal.speedup or goal.latency_ms:
         price = partial(prices.latency_ms, work=work, load=goal.load)
 
-    def priced(models: goals.Variants) -> dict[str, float]:
+    def priced(models: costs.Variants) -> dict[str, float]:
         if processes.count() > 1:  # they do not meet inside of what the first one makes
             return dict(price(models))
         key = costing | {"models": sorted(models)}
@@ -133,7 +134,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
                 total=total,
                 track=work.track,
             )
-        except goals.OutOfReach as error:
+        except costs.OutOfReach as error:
             raise ModelError(str(error)) from error
         except prices.Uncountable as error:
             raise ModelError(

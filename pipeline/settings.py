@@ -10,11 +10,11 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from exporters import formats
 from pipeline import bnb
-from pipeline.budget import Positive, Strict, unknown
 from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
 from pipeline.masks import LEARNERS
 from pipeline.quantization import METHODS
+from pipeline.reading import Positive, Strict, unknown
 from pipeline.weight_only import ALGORITHMS, ASYMMETRIC, CALIBRATED
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -319,6 +319,9 @@ STEPS: Final[Mapping[str, type[BaseModel]]] = {
     "quantize": Quantize,
     "export": Export,
 }
+INNER: Final[Mapping[str, type[BaseModel]]] = {"finetune": Training, "goal": Goal}
+"""Keys of a step that have keys themselves."""
+
 Step = Annotated[Prune | Finetune | Quantize | Export, Field(discriminator="step")]
 
 

@@ -250,8 +250,10 @@ class Work:
     def _check_family(self) -> None:
         prunes = [step for step in self.recipe.steps if isinstance(step, Prune)]
         known = not prunes or self.config.model_type in ARCHITECTURES
-        careful = (s.uniform or s.repair == "bias" or s.layers or s.goal for s in prunes)
-        if known and not any(careful):
+        if known and not any(
+            s.uniform or s.repair == "bias" or s.layers or (s.goal and "layers" in s.goal.units)
+            for s in prunes
+        ):
             return
         source, auto_class, revision = self.source, self.task.auto_class, self.recipe.model.revision
         hint = "without a prune step it can be trained, quantized and exported"

@@ -7,7 +7,7 @@ import torch
 import yaml
 from conftest import inputs, tiny, write_model, write_recipe
 
-from pipeline import counting, from_pretrained, goals, prices, structure, units
+from pipeline import costs, counting, from_pretrained, goals, levels, prices, structure, units
 from pipeline.checkpoint import ModelError
 from pipeline.distillation import divergence
 from pipeline.recipe import Recipe, RecipeError
@@ -56,7 +56,7 @@ def test_the_parameters_left_are_those_predicted(family):
 @pytest.mark.parametrize("repair", ["none", "bias", "least-squares"])
 def test_all_units_may_go(repair):
     model = tiny("bert")
-    with pytest.raises(goals.OutOfReach) as refused:
+    with pytest.raises(costs.OutOfReach) as refused:
         reach(tiny("bert"), 0.01)
     least = float(str(refused.value).split("found a cost of ")[1].split()[0])
     reached = reach(model, 1.001 * least / model.num_parameters(), repair=repair)
@@ -89,7 +89,7 @@ def test_units_without_which_no_loss_changes_go_first():
 
 def test_levels_are_weighed_in_parts_as_at_once(monkeypatch):
     whole = reach(tiny("bert"), 0.8, searched=0)
-    monkeypatch.setattr(goals, "CHANGED_BYTES", 1)
+    monkeypatch.setattr(levels, "CHANGED_BYTES", 1)
     parts = reach(tiny("bert"), 0.8, searched=0)
     assert whole.choice.removed == parts.choice.removed
 
@@ -171,7 +171,7 @@ def test_a_model_in_bf16_can_be_cut_to_a_goal():
 
 def test_a_goal_that_is_too_far_says_how_far_one_can_go():
     with pytest.raises(
-        goals.OutOfReach, match=r"with no units left, which is 0\.\d+ of the whole, expected at"
+        costs.OutOfReach, match=r"with no units left, which is 0\.\d+ of the whole, expected at"
     ):
         reach(tiny("bert"), 0.01)
 
@@ -201,7 +201,7 @@ def test_multiply_adds_of_a_recipe(tmp_path):
 
 @pytest.mark.parametrize("runtime", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
 def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime, monkeypatch):
-    monkeypatch.setattr(goals, "PRICED", (0.5, 0.0))  # every model that is timed is a process
+    monkeypatch.setattr(costs, "PRICED", (0.5, 0.0))  # every model that is timed is a process
     path = recipe(tmp_path, speedup=1.3, units=["neurons"])
     # Nearly all of its time goes into FFN, so that no noise hides what a narrower one saves.
     write_model(tmp_path / "model", pad_token_id=0, intermediate_size=1024)
@@ -209,7 +209,7 @@ def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime, monkeypat
     content["target"] |= {"runtime": runtime, "loads": [{"batch": 32, "sequence": 16}]}
     path.write_text(yaml.safe_dump(content))
     stage = last(path, tmp_path / "out")
-    assert stage["details"]["predicted_cost"] < stage["details"]["dense_cost"]
+    assert stage["details"]["predicted_cost"] * 1.1 <= stage["details"]["dense_cost"]
     assert sum(stage["neurons"]) < 0.99 * 3 * 1024
     ratio = stage["details"]["dense_cost"] / stage["details"]["predicted_cost"]
     assert stage["gain_note"].endswith(f" (predicted: {ratio:.2f}x faster)")

@@ -13,7 +13,8 @@ import pytest
 
 from pipeline import store
 from pipeline.manifest import MANIFEST
-from pipeline.store import Store, publish, verify, write_text
+from pipeline.store import Store, publish, verify
+from pipeline.writing import write_text
 
 
 class Maker:
