@@ -9,9 +9,10 @@ R rounds.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Final, Literal, TypeVar
 
 import numpy as np
 from scipy.stats import quantile_test
@@ -24,6 +25,13 @@ REWARMED: Final = 1
 """Calls at the start of a turn that are not counted: the caches hold another model's weights."""
 COUNTED: Final = 2
 """Calls of a turn that are counted."""
+FEWEST: Final = 6
+"""Rounds below which there is no interval of a median at `CONFIDENCE`."""
+
+T = TypeVar("T")
+Turns = list[list[float]]
+"""Latencies in milliseconds: turn -> call."""
+Speed = Literal["faster", "slower", "same", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -53,31 +61,76 @@ def compare(
     rounds: int,
     seconds: float,
     track: Track = silent,
-) -> dict[str, list[list[list[float]]]]:
-    """Return latencies in milliseconds: artifact -> load -> round -> counted calls.
-
-    A load ends after `rounds` rounds, or after `seconds` but not before 6 rounds, the fewest that
-    bound a median at 95 %.
-    """
-    found: dict[str, list[list[list[float]]]] = {name: [] for name in workers}
+) -> dict[str, list[Turns]]:
+    """Return latencies in milliseconds: artifact -> load -> turns; see `interleave`."""
+    found: dict[str, list[Turns]] = {name: [] for name in workers}
     for load, inputs in enumerate(loads):
-        for name, worker in workers.items():
+        for worker in workers.values():
             worker.hold(load, inputs)
-            found[name].append([])
-            _warm_up(worker, load)
-        deadline = time.monotonic() + seconds
-        order = list(workers)
-        for count in track(range(rounds), f"timing load {load + 1} of {len(loads)}", rounds):
-            if count >= 6 and time.monotonic() > deadline:  # noqa: PLR2004 - see the docstring
-                break
-            for name in order:
-                latencies = workers[name].time(load, REWARMED + COUNTED)[REWARMED:]
-                found[name][load].append([ns / 1e6 for ns in latencies])
-            order.reverse()
+            warm_up(worker, load)
+        turns = interleave(
+            workers,
+            partial(turn, load),
+            rounds=rounds,
+            seconds=seconds,
+            track=track,
+            what=f"timing load {load + 1} of {len(loads)}",
+        )
+        for name in workers:
+            found[name].append(turns[name])
     return found
 
 
-def _warm_up(worker: Worker, load: int, most: int = 20) -> None:
+def turn(load: int, worker: Worker) -> list[float]:
+    """Return the latencies of one turn of a worker on a held batch, in milliseconds."""
+    return [ns / 1e6 for ns in worker.time(load, REWARMED + COUNTED)[REWARMED:]]
+
+
+def interleave(
+    artifacts: Mapping[str, T],
+    turn: Callable[[T], list[float]],
+    *,
+    rounds: int,
+    seconds: float,
+    precision: float | None = None,
+    track: Track = silent,
+    what: str = "timing",
+) -> dict[str, Turns]:
+    """Return what each artifact gave in each of its turns.
+
+    It ends after `rounds` rounds, or after `seconds`, or when every ratio to the first artifact is
+    known to `precision`, but not before 6 rounds, the fewest that bound a median at 95 %.
+
+    Args:
+        artifacts: whose turns they are, by name.
+        turn: takes one, and returns its latencies in milliseconds.
+        rounds: at most.
+        seconds: at most; a round is ended.
+        precision: half of a ratio's interval, as a share of the ratio.
+        track: shows progress.
+        what: that is shown.
+    """
+    found: dict[str, Turns] = {name: [] for name in artifacts}
+    deadline = time.monotonic() + seconds
+    order = list(artifacts)
+    for count in track(range(rounds), what, rounds):
+        if count >= FEWEST and (time.monotonic() > deadline or _precise(found, precision)):
+            break
+        for name in order:
+            found[name].append(turn(artifacts[name]))
+        order.reverse()
+    return found
+
+
+def _precise(found: Mapping[str, Turns], precision: float | None) -> bool:
+    first, *others = found.values()
+    if precision is None or not others:
+        return False
+    ratios = [ratio(first, other) for other in others]
+    return all((each.high - each.low) / 2 <= precision * each.value for each in ratios)
+
+
+def warm_up(worker: Worker, load: int, most: int = 20) -> None:
     """Call until a call is no faster than the ones before it by more than a tenth."""
     before = worker.time(load, 2)[-1]
     for _ in range(most):
@@ -106,6 +159,20 @@ def ratio(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[floa
     ratios = np.mean(baseline, axis=1) / np.mean(candidate, axis=1)
     interval = quantile_test(ratios, p=0.5).confidence_interval(CONFIDENCE)
     return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
+
+
+def verdict(found: Ratio, noise: float) -> Speed:
+    """Return what a ratio says, if differences of up to `noise` do not matter.
+
+    The whole interval must lie beyond that difference, or within it.
+    """
+    if found.low > 1 + noise:
+        return "faster"
+    if found.high < 1 / (1 + noise):
+        return "slower"
+    if 1 / (1 + noise) <= found.low and found.high <= 1 + noise:
+        return "same"
+    return "undecided"
 
 
 def percentiles(latencies: Sequence[float]) -> Percentiles:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -97,6 +97,18 @@ class Worker:
     def time(self, load: int, calls: int) -> list[int]:
         """Return the latencies of `calls` calls on the held batch, in nanoseconds."""
         latencies: list[int] = self._ask({"do": "time", "load": load, "calls": calls})["ns"]
+        return latencies
+
+    def serve(self, load: int, arrivals_ns: Sequence[int]) -> list[int]:
+        """Return how long after its arrival each query was answered, in nanoseconds.
+
+        Args:
+            load: of `hold`.
+            arrivals_ns: when each query arrives, from the start on; those that come while another
+                is answered wait for their turn, and the wait counts.
+        """
+        ask = {"do": "serve", "load": load, "arrivals": list(arrivals_ns)}
+        latencies: list[int] = self._ask(ask)["ns"]
         return latencies
 
     def peak_rss_bytes(self) -> int:
@@ -219,6 +231,8 @@ def main(opener: str, folder: str, device: str, threads: str) -> None:
                 held[command["load"]] = load_file(command["from"])
             case "time":
                 reply = {"ns": _time(predictor, held[command["load"]], command["calls"])}
+            case "serve":
+                reply = {"ns": _serve(predictor, held[command["load"]], command["arrivals"])}
             case "memory":
                 reply = {"peak_rss_bytes": peak_rss_bytes()}
         print(json.dumps(reply), file=line)
@@ -230,6 +244,18 @@ def _time(predictor: Predictor, inputs: Arrays, calls: int) -> list[int]:
         start = time.perf_counter_ns()
         predictor(inputs)
         latencies.append(time.perf_counter_ns() - start)
+    return latencies
+
+
+def _serve(predictor: Predictor, inputs: Arrays, arrivals: Sequence[int]) -> list[int]:
+    latencies = []
+    start = time.perf_counter_ns()
+    for arrival in arrivals:
+        early = start + arrival - time.perf_counter_ns()
+        if early > 0:
+            time.sleep(early / 1e9)
+        predictor(inputs)
+        latencies.append(time.perf_counter_ns() - start - arrival)
     return latencies
 
 

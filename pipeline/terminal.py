@@ -1,6 +1,6 @@
 """What a user sees in the terminal: tables, verdicts, bars."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -125,6 +125,93 @@ def show_engine(done: str, about: Mapping[str, Any]) -> None:
     out.print(escape(text), soft_wrap=True)
 
 
+def show_bench(found: Mapping[str, Any]) -> None:
+    """Show what was measured of artifacts beside one another."""
+    from pipeline.report import BUSY
+
+    artifacts = found["artifacts"]
+    _show(
+        ("artifact", "runtime", "MB", "parameters", "load s", "peak MB"),
+        [
+            (
+                each["name"],
+                each["runtime"],
+                f"{each['size_bytes'] / 1e6:.2f}",
+                _or_dash("{:,}", each["parameters"]),
+                f"{each['load_seconds']:.2f}",
+                f"{each['peak_rss_bytes'] / 1e6:.0f}",
+            )
+            for each in artifacts
+        ],
+    )
+    for at, first in enumerate(artifacts[0]["results"]):
+        shape = f"{first['batch']}x{first['sequence']}"
+        out.print(
+            f"\n[bold]{found['settings']['scenario']}, {shape}[/], {first['turns']} turns each"
+        )
+        results = [(each["name"], each["results"][at]) for each in artifacts]
+        for columns in (TIMES, WORK):
+            there = [name for name in columns if _cell(columns, name, first) is not None]
+            if there:
+                _show(
+                    ("artifact", *there),
+                    [
+                        (name, *(_cell(columns, each, result) or "-" for each in there))
+                        for name, result in results
+                    ],
+                )
+    stalled = found["machine"]["stalled"]["cpu"]
+    if stalled is not None and stalled > BUSY:
+        out.print(
+            f"[yellow]the machine was busy: tasks waited {stalled:.0%} of the time for a core[/]"
+        )
+
+
+def _show(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for at, name in enumerate(header):
+        shown.add_column(name.replace(" ", "\n"), justify="right" if at else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    out.print(shown)
+
+
+Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
+
+
+def _cell(columns: Columns, name: str, result: Mapping[str, Any]) -> str | None:
+    """Return what a column shows of a result, None where it has no such thing."""
+    try:
+        return columns[name](result)
+    except (KeyError, TypeError):
+        return None
+
+
+def _or_dash(pattern: str, value: object) -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+TIMES: Final[Columns] = {
+    "instances": lambda r: f"{r['instances']}, batch {r['batch']}",
+    "p50 ms": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p50"]),
+    "p90": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p90"]),
+    "p95": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p95"]),
+    "p99": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p99"]),
+    "first token ms": lambda r: _or_dash("{:.2f}", r["first_token_ms"]["p50"]),
+    "other tokens ms": lambda r: _or_dash("{:.2f}", r["token_ms"]["p50"]),
+    "tokens per s": lambda r: f"{r['tokens_per_s']:.1f}",
+    "per s": lambda r: f"{r['throughput_per_s']:.1f}",
+    "speed": lambda r: "{value:.2f} ({low:.2f}-{high:.2f})".format(**r["ratio"]),
+    "verdict": lambda r: r["verdict"],
+}
+WORK: Final[Columns] = {
+    "million multiply-adds": lambda r: f"{sum(r['multiply_adds'].values()) / 1e6:,.1f}",
+    "of peak rate": lambda r: f"{r['limit']['compute']:.0%}",
+    "of reading weights": lambda r: f"{r['limit']['weights']:.0%}",
+    "joules": lambda r: f"{r['joules_per_turn']:.2f}",
+}
+
+
 class Bars:
     """A `track` that shows a bar for every iteration that lasts."""
 
@@ -132,8 +219,14 @@ class Bars:
         self._shown = shown
 
     def __call__(self, items: Iterable[T], what: str, total: int) -> Iterable[T]:
-        """Yield the items, the bar one further after each."""
-        yield from self._shown.track(items, total=total, description=what)
+        """Yield the items, the bar one further after each; it stands still if they are not all."""
+        task = self._shown.add_task(what, total=total)
+        try:
+            for item in items:
+                yield item
+                self._shown.advance(task)
+        finally:
+            self._shown.stop_task(task)
 
 
 def progress() -> Progress:

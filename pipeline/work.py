@@ -45,6 +45,8 @@ _WITHOUT_EFFECT: Final = frozenset(
     {
         "__main__.py",
         "artifact.py",
+        "bench.py",
+        "candidates.py",
         "card.py",
         "cli.py",
         "conversion.py",
@@ -61,6 +63,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "report.py",
         "runner.py",
         "terminal.py",
+        "timed_generation.py",
         "verification.py",
     }
 )
