@@ -105,6 +105,9 @@ def bench(paths: Sequence[Path], settings: Settings, track: Track = silent) -> d
         name: [candidates.inputs(each, lines, *load) for load in settings.loads]
         for name, each in found.items()
     }
+    if settings.scenario == "generation":
+        many = {"new_tokens": np.asarray(settings.new_tokens)}
+        inputs = {name: [given | many for given in each] for name, each in inputs.items()}
     this = Bench(found, inputs, settings, track)
     alone = {name: _alone(this, name) for name in found}
     before, start = machine.stalled_seconds(), monotonic()
@@ -220,8 +223,7 @@ def _waits(turns: Turns, load: tuple[int, int]) -> dict[str, Any]:
 
 def _generate(this: Bench, workers: Mapping[str, Worker], at: int) -> tuple[Turn, dict[str, Any]]:
     """Generate a fixed number of tokens."""
-    many = {"new_tokens": np.asarray(this.settings.new_tokens)}
-    prompts = {name: {**this.inputs[name][at], **many} for name in workers}
+    prompts = {name: this.inputs[name][at] for name in workers}
     return lambda name: scenarios.generation(workers[name], prompts[name]), {}
 
 

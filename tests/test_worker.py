@@ -2,11 +2,11 @@
 
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from known_predictors import INPUTS
 
 from benchmarks import worker as workers
 from benchmarks.accuracy import evaluate
@@ -14,63 +14,7 @@ from benchmarks.examples import Example, Window
 from benchmarks.outcomes import Outcomes, fidelity
 from benchmarks.speed import compare, percentiles, ratio
 from benchmarks.tasks import TASKS
-from benchmarks.worker import Worker, WorkerError, next_token
-
-# Predictors of known cost and behaviour, opened in the worker by name.
-PREDICTORS = """
-import os, time
-import numpy as np
-
-def sleeper(folder, *, device, threads):
-    seconds = float(folder.name)
-    def predict(inputs):
-        time.sleep(seconds)
-        return {"logits": np.eye(2, dtype=np.float32)[inputs["input_ids"][:, 0] % 2]}
-    return predict
-
-def eater(folder, *, device, threads):
-    size = int(folder.name) << 20
-    def predict(inputs):
-        np.ones(size, np.uint8)
-        return {}
-    return predict
-
-def talker(folder, *, device, threads):
-    print("a library prints")
-    return lambda inputs: print("and again") or {"logits": np.zeros((1, 2), np.float32)}
-
-def crasher(folder, *, device, threads):
-    def predict(inputs):
-        raise RuntimeError("the runtime gave up")
-    return predict
-
-def killed(folder, *, device, threads):
-    return lambda inputs: os.kill(os.getpid(), 9)
-
-def broken(folder, *, device, threads):
-    raise ValueError("no such artifact")
-
-def hanging(folder, *, device, threads):
-    return lambda inputs: time.sleep(60)
-"""
-INPUTS = {"input_ids": np.asarray([[1, 2, 3]])}
-
-
-@pytest.fixture
-def opened(tmp_path, monkeypatch):
-    """Give a function that opens a worker on one of the predictors above."""
-    (tmp_path / "known_predictors.py").write_text(PREDICTORS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    started: list[Worker] = []
-
-    def open_(name: str, folder: str = "x") -> Worker:
-        worker = Worker(f"known_predictors:{name}", Path(folder), device="cpu", threads=1)
-        started.append(worker)
-        return worker
-
-    yield open_
-    for worker in started:
-        worker.close()
+from benchmarks.worker import WorkerError, next_token
 
 
 def test_latency_is_the_time_of_the_call(opened):
