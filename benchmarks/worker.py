@@ -111,6 +111,10 @@ class Worker:
         latencies: list[int] = self._ask(ask)["ns"]
         return latencies
 
+    def drive(self, load: int, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return what LoadGen measures on the held batch; see loadgen.py."""
+        return self._ask({"do": "drive", "load": load, "settings": settings})
+
     def peak_rss_bytes(self) -> int:
         """Return the largest resident set of the process so far."""
         peak: int = self._ask({"do": "memory"})["peak_rss_bytes"]
@@ -233,6 +237,9 @@ def main(opener: str, folder: str, device: str, threads: str) -> None:
                 reply = {"ns": _time(predictor, held[command["load"]], command["calls"])}
             case "serve":
                 reply = {"ns": _serve(predictor, held[command["load"]], command["arrivals"])}
+            case "drive":
+                drive = import_module("benchmarks.loadgen").drive
+                reply = drive(predictor, held[command["load"]], command["settings"])
             case "memory":
                 reply = {"peak_rss_bytes": peak_rss_bytes()}
         print(json.dumps(reply), file=line)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks import energy, limits, machine, scenarios, speed
+from benchmarks import energy, limits, loadgen, machine, scenarios, speed
 from benchmarks.accuracy import Track, silent
 from benchmarks.examples import Arrays
 from benchmarks.machine import Unavailable
@@ -36,6 +36,8 @@ BATCHES: Final[Mapping[str, Sequence[int]]] = {
 """Of a query, unless told otherwise."""
 TURN_SECONDS: Final = 0.3
 """Of a turn in the scenarios offline and server."""
+LOADGEN: Final = {"seconds": 5.0, "queries": 64}
+"""What a run of LoadGen lasts at least."""
 UTILIZATION: Final = 0.5
 """Share of the slowest artifact's capacity at which queries arrive, unless a rate is given."""
 
@@ -47,7 +49,7 @@ class Settings:
     `loads` are batch and tokens; `seconds`, of a load, and `rounds` are at most; `precision` is
     half of a ratio's interval at which it is narrow enough, `noise` the difference that does not
     matter, both as shares; `rate` is of queries a second, None for `UTILIZATION`; `text` is a file
-    of lines.
+    of lines; with `loadgen`, LoadGen measures each artifact once more.
     """
 
     scenario: str = "single-stream"
@@ -61,6 +63,7 @@ class Settings:
     rate: float | None = None
     new_tokens: int = 32
     text: Path | None = None
+    loadgen: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def bench(paths: Sequence[Path], settings: Settings, track: Track = silent) -> d
             f"--threads: found {settings.threads}, expected at most {machine.usable_cores()}, the"
             " cores that are usable here"
         )
+    if settings.loadgen:
+        loadgen.available(settings.scenario)
     find = candidates.generator if settings.scenario == "generation" else candidates.find
     found = _named([find(path, settings.device) for path in paths])
     lines = candidates.texts(settings.text)
@@ -177,10 +182,13 @@ def _one_after_another(this: Bench, start: Start, summary: Summary) -> Results:
             turn, about = start(this, workers, at)
             turns, joules = _take_turns(this, turn, load)
             for name, each in turns.items():
-                common = (
-                    _result(this, turns, name, load) | {"joules_per_turn": joules[name]} | about
+                results[name].append(
+                    _result(this, turns, name, load)
+                    | {"joules_per_turn": joules[name]}
+                    | about
+                    | summary(each, load)
+                    | _driven(this, workers[name], at, about.get("rate_per_s"))
                 )
-                results[name].append(common | summary(each, load))
     return results
 
 
@@ -274,8 +282,17 @@ def _offline(this: Bench) -> Results:
                         "throughput_per_s": 1e3 / float(np.median(turns[name])),
                         "joules_per_turn": joules[name],
                     }
+                    | _driven(this, instances[name, 1][0], at, None)
                 )
     return results
+
+
+def _driven(this: Bench, worker: Worker, at: int, rate: float | None) -> dict[str, Any]:
+    """Return what LoadGen measures of an artifact, by itself, if it is to."""
+    if not this.settings.loadgen:
+        return {}
+    about = {"scenario": this.settings.scenario, "batch": this.settings.loads[at][0]}
+    return {"loadgen": worker.drive(at, about | LOADGEN | {"rate": rate or 1.0})}
 
 
 def _take_turns(

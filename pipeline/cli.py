@@ -170,6 +170,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=_positive, help="server: queries a second")
     parser.add_argument("--new-tokens", type=_counts, default=[32], metavar="N", help="generation")
     parser.add_argument("--text", type=Path, metavar="FILE", help="lines of text to be answered")
+    parser.add_argument(
+        "--loadgen", action="store_true", help="let MLCommons' LoadGen measure it once more"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     parser.set_defaults(command=_bench)
 
@@ -426,6 +429,7 @@ def _bench(options: argparse.Namespace) -> int:
         rate=options.rate,
         new_tokens=options.new_tokens[0],
         text=options.text,
+        loadgen=options.loadgen,
     )
     with progress() as bars:
         found = bench(options.artifacts, settings, Bars(bars))

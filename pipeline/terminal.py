@@ -201,6 +201,8 @@ TIMES: Final[Columns] = {
     "other tokens ms": lambda r: _or_dash("{:.2f}", r["token_ms"]["p50"]),
     "tokens per s": lambda r: f"{r['tokens_per_s']:.1f}",
     "per s": lambda r: f"{r['throughput_per_s']:.1f}",
+    "LoadGen p50": lambda r: f"{r['loadgen']['result_50.00_percentile_latency_ns'] / 1e6:.2f}",
+    "LoadGen per s": lambda r: f"{r['loadgen']['result_samples_per_second']:.1f}",
     "speed": lambda r: "{value:.2f} ({low:.2f}-{high:.2f})".format(**r["ratio"]),
     "verdict": lambda r: r["verdict"],
 }

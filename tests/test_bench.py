@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -9,7 +10,10 @@ import pytest
 from conftest import ROWS, secateur, write_model
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks import loadgen
 from benchmarks.data import DataError
+from benchmarks.machine import Unavailable
+from pipeline import bench as measuring
 from pipeline import candidates
 from pipeline.bench import Settings, bench
 from pipeline.checkpoint import ModelError
@@ -65,10 +69,12 @@ def test_any_format_beside_any_other(tmp_path):
 
 
 @pytest.mark.parametrize("scenario", ["multi-stream", "offline", "server"])
-def test_a_scenario_gives_its_own_numbers(tmp_path, scenario):
+def test_a_scenario_gives_its_own_numbers(tmp_path, scenario, monkeypatch):
+    monkeypatch.setattr(measuring, "LOADGEN", {"seconds": 0.1, "queries": 8})
+    here = find_spec("mlperf_loadgen") is not None
     found = bench(
         [write_graph(tmp_path / "graph"), tmp_path / "graph"],
-        Settings(scenario, loads=((2, 8),), threads=1, seconds=1, rounds=6),
+        Settings(scenario, loads=((2, 8),), threads=1, seconds=1, rounds=6, loadgen=here),
     )
     first, second = found["artifacts"]
     assert [first["name"], second["name"]] == ["graph #1", "graph #2"]
@@ -78,6 +84,7 @@ def test_a_scenario_gives_its_own_numbers(tmp_path, scenario):
             assert result["throughput_per_s"] > 0
         else:
             assert result["latency_ms"]["p50"] > 0
+        assert not here or result["loadgen"]["result_query_count"] >= 1
     if scenario == "server":
         assert first["results"][0]["rate_per_s"] == second["results"][0]["rate_per_s"] > 0
 
@@ -130,3 +137,11 @@ def test_what_is_no_artifact_is_refused(tmp_path):
     assert done.returncode == 4
     assert "--threads: found 4096, expected at most" in done.stderr
     assert secateur("bench", tmp_path / "model", "--batch", 0).returncode == 2
+
+
+def test_loadgen_may_be_missing_or_have_no_such_scenario(monkeypatch):
+    with pytest.raises(Unavailable, match="found the scenario generation, expected one of single"):
+        loadgen.available("generation")
+    monkeypatch.setattr(loadgen, "find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match="mlcommons-loadgen is not installed; install the extra"):
+        loadgen.available("server")
