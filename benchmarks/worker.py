@@ -9,6 +9,7 @@ mapping of arrays. The worker knows nothing else of models.
     python -m benchmarks.worker OPENER FOLDER DEVICE THREADS
 """
 
+import ctypes
 import json
 import os
 import select
@@ -32,6 +33,7 @@ from benchmarks.memory import peak_rss_bytes
 Arrays = Mapping[str, NDArray[Any]]
 Predictor = Callable[[Arrays], Arrays]
 
+PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 REPLY_SECONDS: Final = 600.0
 """How long a command may take before the worker counts as hung."""
 
@@ -210,6 +212,8 @@ REDUCTIONS: Final[Mapping[str, Callable[[Arrays, Arrays], Arrays]]] = {
 def main(opener: str, folder: str, device: str, threads: str) -> None:
     """Open the artifact, then obey commands until the line closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    if sys.platform == "linux":  # a parent that is killed leaves no worker behind
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Whatever a library prints must not reach the line.
     line = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -22,7 +22,7 @@ from benchmarks.examples import Arrays
 from benchmarks.machine import Unavailable
 from benchmarks.speed import Turns
 from benchmarks.worker import Worker
-from pipeline import candidates
+from pipeline import candidates, openers
 from pipeline.candidates import Candidate
 
 SCHEMA: Final = 1
@@ -105,6 +105,8 @@ def bench(paths: Sequence[Path], settings: Settings, track: Track = silent) -> d
         loadgen.available(settings.scenario)
     find = candidates.generator if settings.scenario == "generation" else candidates.find
     found = _named([find(path, settings.device) for path in paths])
+    for each in found.values():
+        openers.check(each.runtime, settings.device)
     lines = candidates.texts(settings.text)
     inputs = {
         name: [candidates.inputs(each, lines, *load) for load in settings.loads]

@@ -50,3 +50,24 @@ def broken(folder, *, device, threads):
 
 def hanging(folder, *, device, threads):
     return lambda inputs: time.sleep(60)
+
+
+def faulty(folder, *, device, threads):
+    os.kill(os.getpid(), 11)
+
+
+def leaving(folder, *, device, threads):
+    return lambda inputs: os._exit(3)
+
+
+def greedy(folder, *, device, threads):
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))
+    return lambda inputs: {"logits": np.ones(1 << 40, np.uint8)}
+
+
+def elsewhere(folder, *, device, threads):
+    from exporters import NotHere
+
+    raise NotHere("found CPUExecutionProvider, expected CUDAExecutionProvider")

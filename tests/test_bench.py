@@ -3,14 +3,17 @@
 import json
 import shutil
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 import pytest
+import torch
 from conftest import ROWS, secateur, write_model
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks import loadgen
+from benchmarks import loadgen, worker
 from benchmarks.data import DataError
 from benchmarks.machine import Unavailable
 from pipeline import bench as measuring
@@ -54,18 +57,18 @@ def test_any_format_beside_any_other(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "single-stream, 2x8" in done.stdout
-    torch_model, graph = json.loads(written.read_text())["artifacts"]
-    assert (torch_model["runtime"], graph["runtime"]) == ("torch", "onnxruntime")
-    assert [result["verdict"] for result in torch_model["results"]] == ["first", "first"]
+    whole, graph = json.loads(written.read_text())["artifacts"]
+    assert (whole["runtime"], graph["runtime"]) == ("torch", "onnxruntime")
+    assert [result["verdict"] for result in whole["results"]] == ["first", "first"]
     assert [result["multiply_adds"] for result in graph["results"]] == [
         {"fp32": batch * 8 * 8 * 3} for batch in (1, 2)
     ]
-    for result in (*torch_model["results"], *graph["results"]):
+    for result in (*whole["results"], *graph["results"]):
         assert result["ratio"]["low"] <= result["ratio"]["value"] <= result["ratio"]["high"]
         assert result["latency_ms"]["samples"] == 2 * result["turns"] >= 12
         assert 0 < result["limit"]["compute"] < 1
     assert graph["results"][0]["verdict"] == "faster"
-    assert torch_model["parameters"] > 0 < torch_model["peak_rss_bytes"]
+    assert whole["parameters"] > 0 < whole["peak_rss_bytes"]
 
 
 @pytest.mark.parametrize("scenario", ["multi-stream", "offline", "server"])
@@ -145,3 +148,42 @@ def test_loadgen_may_be_missing_or_have_no_such_scenario(monkeypatch):
     monkeypatch.setattr(loadgen, "find_spec", lambda name: None)
     with pytest.raises(Unavailable, match="mlcommons-loadgen is not installed; install the extra"):
         loadgen.available("server")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("broken", "status 1: ValueError: no such artifact"),
+        ("elsewhere", "NotHere: found CPUExecutionProvider, expected CUDAExecutionProvider"),
+        ("faulty", "ended by SIGSEGV"),
+        ("crasher", "status 1: RuntimeError: the runtime gave up"),
+        ("killed", "ended by SIGKILL; it may have run out of memory"),
+        ("leaving", "status 3"),
+        ("greedy", "Unable to allocate 1.00 TiB"),
+        ("hanging", "no reply within"),
+    ],
+)
+def test_a_fault_is_one_line_and_leaves_no_process(tmp_path, monkeypatch, fault, message):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(worker, "REPLY_SECONDS", 8.0)
+    monkeypatch.setitem(candidates.OPENERS, "torch", f"known_predictors:{fault}")
+    write_model(tmp_path / "model")
+    done = secateur("bench", tmp_path / "model", *QUICK, "--json", tmp_path / "bench.json")
+    assert done.returncode == 5
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "bench.json").exists()
+    assert not [c for c in psutil.Process().children() if "benchmarks.worker" in c.cmdline()]
+
+
+def test_a_damaged_graph_and_a_missing_gpu_are_told(tmp_path):
+    folder = write_graph(tmp_path / "graph")
+    content = (folder / "model.onnx").read_bytes()
+    if not torch.cuda.is_available():
+        done = secateur("bench", folder, *QUICK, "--device", "cuda")
+        assert done.returncode == 4
+        assert "expected CUDAExecutionProvider" in done.stderr
+    (folder / "model.onnx").write_bytes(content[: len(content) // 2])
+    done = secateur("bench", folder, *QUICK)
+    assert done.returncode == 5
+    assert "ONNX Runtime cannot open it" in done.stderr

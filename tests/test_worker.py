@@ -1,7 +1,10 @@
 """A worker measures in its own process; whatever happens to it is a clear error."""
 
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -74,6 +77,31 @@ def test_a_hung_call_is_an_error_and_leaves_no_process(opened, monkeypatch):
     time.sleep(0.1)
     lines = [" ".join(child.cmdline()) for child in psutil.Process().children()]
     assert not [line for line in lines if "hanging" in line]
+
+
+def test_a_killed_parent_leaves_no_worker():
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+    )  # fmt: skip
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    psutil.wait_procs([worker], timeout=10)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+PARENT = """
+import threading
+from pathlib import Path
+from known_predictors import INPUTS
+from benchmarks.worker import Worker
+worker = Worker("known_predictors:hanging", Path("x"), device="cpu", threads=1)
+threading.Timer(0.5, lambda: print(worker._process.pid, flush=True)).start()
+worker.predict(INPUTS)
+"""
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_slower_is_called_slower(opened):
