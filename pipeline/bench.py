@@ -89,13 +89,24 @@ Summary = Callable[[Turns, tuple[int, int]], dict[str, Any]]
 
 
 def bench(paths: Sequence[Path], settings: Settings, track: Track = silent) -> dict[str, Any]:
-    """Return what was measured of the artifacts, as JSON.
+    """Return what was measured of the artifacts at these paths, as JSON.
 
     Raises:
         ModelError, DataError: an artifact or the text is not what was expected.
         Unavailable, NotHere, MissingDependency: this machine lacks what it takes.
         WorkerError: an artifact does not open, or ends, or hangs.
     """
+    find = candidates.generator if settings.scenario == "generation" else candidates.find
+    found = [find(path, settings.device) for path in paths]
+    for each in found:
+        openers.check(each.runtime, settings.device)
+    return compare(found, settings, track)
+
+
+def compare(
+    artifacts: Sequence[Candidate], settings: Settings, track: Track = silent
+) -> dict[str, Any]:
+    """Return what was measured of artifacts, as JSON; for what it raises see `bench`."""
     if settings.threads > machine.usable_cores():
         raise Unavailable(
             f"--threads: found {settings.threads}, expected at most {machine.usable_cores()}, the"
@@ -103,10 +114,7 @@ def bench(paths: Sequence[Path], settings: Settings, track: Track = silent) -> d
         )
     if settings.loadgen:
         loadgen.available(settings.scenario)
-    find = candidates.generator if settings.scenario == "generation" else candidates.find
-    found = _named([find(path, settings.device) for path in paths])
-    for each in found.values():
-        openers.check(each.runtime, settings.device)
+    found = _named(artifacts)
     lines = candidates.texts(settings.text)
     inputs = {
         name: [candidates.inputs(each, lines, *load) for load in settings.loads]
@@ -151,9 +159,9 @@ def _about(this: Bench, name: str) -> dict[str, Any]:
     candidate = this.found[name]
     return {
         "name": name,
-        "path": str(candidate.path),
+        "source": str(candidate.source),
         "runtime": candidate.runtime,
-        "size_bytes": candidates.size_bytes(candidate),
+        "size_bytes": candidate.size_bytes,
         "parameters": candidates.parameters(candidate),
     }
 

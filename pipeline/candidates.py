@@ -36,40 +36,70 @@ UNCOUNTED: Final = (ValueError, RuntimeError, TypeError, AttributeError, NotImpl
 
 @dataclass(frozen=True)
 class Candidate:
-    """One artifact: `source` is what `opener` opens, `graph` its ONNX file, if it has one."""
+    """One artifact.
+
+    `source` is what `opener` opens; `folder` has its configuration and tokenizer; `files` are its
+    weights, or its graphs and their weights, or an engine; `graph` is its ONNX file, if it has one.
+    """
 
     name: str
-    path: Path
     runtime: str
     opener: str
     source: Path
-    graph: Path | None
+    folder: Path
+    files: tuple[Path, ...]
+    graph: Path | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the bytes of all files."""
+        return sum(path.stat().st_size for path in self.files)
 
 
 def find(path: Path, device: str) -> Candidate:
     """Return what is at a path.
 
     Raises:
-        ModelError: nothing there can be opened.
+        ModelError: nothing there can be opened, or nothing says what it takes.
         NotHere, MissingDependency: it is an engine, and for another GPU or version.
     """
     name = path.resolve().name
-    if path.suffix == ".onnx" and path.is_file():
-        return Candidate(name, path, "onnxruntime", "exporters.onnx:predictor", path, path)
-    graph = next((path / each for each in GRAPHS if (path / each).is_file()), None)
-    if (path / tensorrt.PLAN).is_file() and (device == "cuda" or graph is None):
+    places = [path] if path.suffix == ".onnx" else [path / each for each in GRAPHS]
+    graph = next((place for place in places if place.is_file()), None)
+    weights = tuple(path.glob("*.safetensors"))
+    plan = path / tensorrt.PLAN
+    if plan.is_file() and (device == "cuda" or graph is None):
         tensorrt.check(path)
-        return Candidate(name, path, "tensorrt", OPENERS["tensorrt"], path, graph)
-    if graph == path / onnx.MODEL:
-        return Candidate(name, path, "onnxruntime", OPENERS["onnxruntime"], path, graph)
+        return Candidate(name, "tensorrt", OPENERS["tensorrt"], path, path, (plan,))
     if graph is not None:
-        return Candidate(name, path, "onnxruntime", "exporters.onnx:predictor", graph, graph)
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        return Candidate(name, path, "torch", OPENERS["torch"], path, None)
+        ours = graph == path / onnx.MODEL
+        opener = OPENERS["onnxruntime"] if ours else "exporters.onnx:predictor"
+        source = path if ours else graph
+        folder = _described(graph.parent)
+        return Candidate(name, "onnxruntime", opener, source, folder, _files(graph), graph)
+    if weights and (path / "config.json").is_file():
+        return Candidate(name, "torch", OPENERS["torch"], path, path, weights)
     raise ModelError(
         f"{path}: found no artifact, expected a folder with {onnx.MODEL}, {GRAPHS[1]},"
         f" {tensorrt.PLAN}, or config.json and safetensors, or a file .onnx"
     )
+
+
+def _described(folder: Path) -> Path:
+    """Return the folder whose config.json and tokenizer describe the model of a graph."""
+    for place in (folder, folder.parent):
+        if (place / "config.json").is_file():
+            return place
+    raise ModelError(
+        f"{folder}: found no config.json, expected one, and the tokenizer, beside the graph"
+    )
+
+
+def _files(graph: Path) -> tuple[Path, ...]:
+    """Return the graphs of a model, and the files of their weights."""
+    graphs = onnx.files(graph)
+    data = [p for each in graphs for p in each.parent.glob(f"{each.name}[_.]data*")]
+    return *graphs, *data
 
 
 def generator(path: Path, device: str) -> Candidate:
@@ -89,24 +119,12 @@ def generator(path: Path, device: str) -> Candidate:
     return replace(found, opener=GENERATORS[found.runtime])
 
 
-def size_bytes(candidate: Candidate) -> int:
-    """Return the bytes of the weights, or of graphs and weights, or of the engine."""
-    if candidate.runtime == "tensorrt":
-        return (candidate.path / tensorrt.PLAN).stat().st_size
-    if candidate.graph is None:
-        return sum(path.stat().st_size for path in candidate.path.glob("*.safetensors"))
-    graphs = onnx.files(candidate.graph)
-    data = [p for g in graphs for p in g.parent.glob(f"{g.name}_data*")]
-    data += [p for g in graphs for p in g.parent.glob(f"{g.name}.data*")]
-    return sum(path.stat().st_size for path in {*graphs, *data})
-
-
 def parameters(candidate: Candidate) -> int | None:
     """Return the number of weights, None of a graph, which may pack several into one number."""
     if candidate.runtime != "torch":
         return None
     count = 0
-    for path in candidate.path.glob("*.safetensors"):
+    for path in candidate.files:
         with safe_open(path, "numpy") as file:
             count += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return count
@@ -138,7 +156,7 @@ def inputs(candidate: Candidate, lines: Sequence[str], batch: int, sequence: int
     Raises:
         ModelError: there is no tokenizer, or the model has fewer positions.
     """
-    folder = _described(candidate)
+    folder = candidate.folder
     config = read_config(folder)
     if hasattr(config, "image_size"):
         return _images(config, batch)
@@ -176,27 +194,16 @@ def _images(config: Any, batch: int) -> Arrays:
     return collate([{"pixel_values": noise.astype(np.float32)}] * batch, {})
 
 
-def _described(candidate: Candidate) -> Path:
-    """Return the folder whose config.json and tokenizer describe the model."""
-    folder = candidate.path if candidate.path.is_dir() else candidate.path.parent
-    for place in (folder, folder.parent):
-        if (place / "config.json").is_file():
-            return place
-    raise ModelError(
-        f"{folder}: found no config.json, expected one, and the tokenizer, beside the graph"
-    )
-
-
 def multiply_adds(candidate: Candidate, given: Arrays) -> tuple[dict[str, int] | None, str]:
     """Return those of one call by precision, or None and why they are not known."""
     if "decoder_input_ids" in given:
         return None, "not counted for an encoder and its decoder"
-    if candidate.runtime == "tensorrt":
-        return None, "not counted for an engine"
+    if candidate.graph is None and candidate.runtime != "torch":
+        return None, f"not counted in {candidate.runtime}"
     try:
         if candidate.graph is not None:
             return counting.multiply_adds(candidate.graph, given), ""
-        return _of_modules(candidate.path, given), ""
+        return _of_modules(candidate.folder, given), ""
     except (ExportError, *UNCOUNTED) as error:
         return None, str(error)
 
@@ -215,7 +222,7 @@ def bytes_read(candidate: Candidate) -> int:
     """Return the bytes of the weights that every call reads: no tables that are looked up in."""
     if candidate.graph is not None:
         return sum(counting.bytes_read(path) for path in onnx.files(candidate.graph))
-    model = without_weights(candidate.path)
+    model = without_weights(candidate.folder)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     weights = [p for p in model.parameters() if id(p) not in tables]
     return sum(p.numel() * p.element_size() for p in weights)
