@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-SCHEMA: Final = 2
+from benchmarks.figures import Percentiles, Ratio
+from benchmarks.outcomes import Fidelity
+
+SCHEMA: Final = 3
+READ: Final = (2, SCHEMA)
+"""The schemas that can still be read: 3 only adds to 2."""
 STALLED: Final = "cpu_stalled_before_and_after"
 
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -29,18 +34,17 @@ class Score:
 class Load:
     """Speed at one input shape.
 
-    `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's,
-    each with `value`, `low` and `high` at 95 %. `first_call_ms` is that of the first call at this
-    shape, in a fresh process.
+    `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's;
+    `first_call_ms` is that of the first call at this shape, in a fresh process.
     """
 
     batch: int
     sequence: int | None
-    latency_ms: Mapping[str, float | int | None]
+    latency_ms: Percentiles
     first_call_ms: float
     throughput_per_s: float
-    speedup: Mapping[str, float]
-    gain: Mapping[str, float]
+    speedup: Ratio
+    gain: Ratio
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Stage:
     parameters: int
     size_bytes: int
     score: Score
-    fidelity: Mapping[str, float | int | None]
+    fidelity: Fidelity
     loads: tuple[Load, ...]
     memory: Mapping[str, int | None]
     load_seconds: float

@@ -50,6 +50,19 @@ def test_the_verdict_is_reached_again_to_the_byte(report):
     assert json.dumps(again["verdict"]) == json.dumps(written["verdict"])
 
 
+def test_a_report_of_the_schema_before_is_judged_alike(report):
+    written = json.loads(report.read_text())
+    added = {"latency_ms": ("effective_samples", "intervals", "quantiles"),
+             "fidelity": ("broken", "mended", "kl_p99", "margin", "close", "perplexities",
+                          "perplexity_ratios")}  # fmt: skip
+    for stage in written["stages"]:
+        for part in (stage, *stage["loads"]):
+            for name in added.keys() & part.keys():
+                part[name] = {k: v for k, v in part[name].items() if k not in added[name]}
+    edit(report, schema=2, stages=written["stages"])
+    assert judge_again(report)["verdict"] == written["verdict"]
+
+
 def test_another_budget_has_another_verdict(report):
     assert judge_again(report, Budget(max_size=2.0))["verdict"]["outcome"] == "pass"
     found = judge_again(report, Budget(max_size=0.01))
@@ -128,12 +141,13 @@ def nan(report):
 BAD = {
     "no report": (lambda r: r.unlink(), "report.json: no such file"),
     "no json": (lambda r: r.write_text("{"), "report.json: cannot be read"),
-    "a list": (lambda r: r.write_text("[]"), "found the schema list, expected 2"),
-    "another schema": (lambda r: edit(r, schema=1), "found the schema 1, expected 2"),
+    "a list": (lambda r: r.write_text("[]"), "found the schema list, expected 2 or 3"),
+    "another schema": (lambda r: edit(r, schema=1), "found the schema 1, expected 2 or 3"),
     "no stages": (lambda r: edit(r, stages=[]), "found nothing under stages"),
     "one side": (lambda r: edit(r, evidence={"baseline": "0"}), "nothing under evidence.candidate"),
     "no budget": (lambda r: edit(r, recipe={"task": {}}), "found no budget in its recipe"),
-    "a stage of another form": (lambda r: edit(r, stages=[{"name": "x"}]), "a stage of another"),
+    "a stage of another form": (
+        lambda r: edit(r, stages=[{"name": "x"}]), "stages.0.step: Field required"),
     "no outcomes": (
         lambda r: (r.parent / "evidence" / "candidate.safetensors").unlink(), "belongs beside"),
     "better outcomes": (other_outcomes, "found other outcomes than the report's"),
