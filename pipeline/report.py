@@ -1,7 +1,8 @@
 """What a run returns: the stages with what was measured of each, and the verdict.
 
 The dataclasses are the schema of report.json: units in names, fractions never per cent, None where
-a number is not known. page.py makes the HTML page of the same JSON.
+a number is not known. report.schema.json, made of them, is for other programs. page.py makes the
+HTML page of the same JSON.
 """
 
 import json
@@ -122,6 +123,29 @@ class Report:
     def to_json(self) -> str:
         """Return report.json."""
         return json.dumps(asdict(self), indent=2, allow_nan=False)
+
+
+def json_schema() -> str:
+    """Return the JSON Schema of report.json, as report.schema.json holds it."""
+    from pydantic import TypeAdapter
+
+    found = TypeAdapter(Report).json_schema(mode="serialization")
+    for kind in (found, *found["$defs"].values()):
+        kind["description"] = " ".join(kind["description"].split())
+        for described in kind["properties"].values():
+            described.pop("title", None)  # it says what the name says
+    found["properties"]["schema"] = {"const": SCHEMA}
+    found["required"].append("schema")
+    found = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found
+    return json.dumps(found, indent=2) + "\n"
+
+
+def baseline(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the stage that the others are compared with."""
+    found: Mapping[str, Any] = next(
+        stage for stage in report["stages"] if stage["name"] == report["baseline"]
+    )
+    return found
 
 
 def table(

@@ -19,6 +19,8 @@ from pipeline.judging import hashes, judge_again, keep
 from pipeline.reading import RecipeError
 from pipeline.runner import run
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
@@ -48,6 +50,19 @@ def test_the_verdict_is_reached_again_to_the_byte(report):
     written = json.loads(report.read_text())
     again = judge_again(report)
     assert json.dumps(again["verdict"]) == json.dumps(written["verdict"])
+
+
+def test_what_a_run_writes_is_of_the_published_schema(report):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "pipeline" / "report.schema.json").read_text())
+    written = json.loads(report.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    valid = jsonschema.Draft202012Validator(schema)
+    assert valid.is_valid(written)
+    assert not valid.is_valid(written | {"schema": 2})
+    del written["stages"][1]["loads"][0]["latency_ms"]["p50"]
+    (mistake,) = valid.iter_errors(written)
+    assert mistake.message == "'p50' is a required property"
 
 
 def test_a_report_of_the_schema_before_is_judged_alike(report):
@@ -84,7 +99,7 @@ def test_the_command_needs_no_torch_and_has_the_verdicts_status(report, tmp_path
     done = subprocess.run(
         [sys.executable, "-c", script, "gate", tmp_path, "--budget", tmp_path / "budget.yaml",
          "--junit", tmp_path / "junit.xml", "--github"],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=False, cwd=ROOT,
         env=os.environ | {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr

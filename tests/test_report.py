@@ -1,7 +1,10 @@
 """The tables and the words of a report."""
 
 import json
+from pathlib import Path
 
+from benchmarks.figures import Percentiles, Ratio
+from benchmarks.outcomes import Fidelity
 from pipeline.report import (
     SAME,
     Check,
@@ -12,14 +15,15 @@ from pipeline.report import (
     Verdict,
     busy_note,
     check_line,
+    json_schema,
     markdown,
     notes,
     shape,
     table,
 )
 
-LATENCY = {"p50": 9.15, "p90": 9.6, "p95": None, "p99": None, "samples": 40}
-SPEEDUP = {"value": 2.0, "low": 1.9, "high": 2.1}
+LATENCY = Percentiles(p50=9.15, p90=9.6, p95=None, p99=None, samples=40)
+SPEEDUP = Ratio(2.0, 1.9, 2.1)
 
 
 def report() -> dict:
@@ -34,7 +38,7 @@ def report() -> dict:
         parameters=22_700_000,
         size_bytes=76_800_000,
         score=Score("accuracy", 0.91, 2000),
-        fidelity={"agreement": 0.98, "flips": None, "kl_mean": 0.01},
+        fidelity=Fidelity(agreement=0.98, flips=None, kl_mean=0.01),
         loads=(load,),
         memory={"peak_rss_bytes": None, "import_floor_bytes": None, "device_peak_bytes": None},
         load_seconds=0.2,
@@ -69,6 +73,11 @@ def test_markdown_says_verdict_checks_and_machine():
     assert "speedup at 8x128: 2 (1.9 to 2.1), at least 1.5: pass" in text
     assert "| prune | 0.9100 |" in text
     assert "a CPU, 2 of 4 cores, onnxruntime on cpu; 2000 examples judged." in text
+
+
+def test_the_published_schema_is_that_of_the_dataclasses():
+    published = Path(__file__).parents[1] / "pipeline" / "report.schema.json"
+    assert published.read_text() == json_schema(), "make schema"
 
 
 def test_a_check_says_what_is_allowed():
