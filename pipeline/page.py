@@ -85,7 +85,7 @@ def banner(report: Json) -> ET.Element:
         tag("p", "secateur", class_="brand"),
         tag("h1", mark, outcome.title()),
         tag("p", tag("b", SENTENCES[outcome]), " ", result(report), class_="result"),
-        *(tag("p", note, class_="busy") for note in [busy_note(report)] if note),
+        *(tag("p", f"{note.capitalize()}.", class_="busy") for note in [busy_note(report)] if note),
         definitions(facts),
         class_=f"banner {outcome}",
     )

@@ -6,7 +6,7 @@ HTML page of the same JSON.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
@@ -264,7 +264,11 @@ def check_line(check: Mapping[str, Any]) -> str:
 
 def stage_table(report: Mapping[str, Any]) -> str:
     """Return the stage table in Markdown."""
-    header, rows = table(report)
+    return markdown_table(*table(report))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -90,7 +90,7 @@ def _of_load(load: Json) -> Cells:
     return {
         "load": [shape(load)],
         "speedup": [f"{speedup['value']:.2f}\u00d7", bounds],
-        "p50 ms": [number(load["latency_ms"]["p50"], "{:.2f}")],
+        "p50 ms": [_ms(load["latency_ms"]["p50"])],
         "per s": [f"{load['throughput_per_s']:.1f}"],
     }
 
@@ -99,7 +99,9 @@ def latencies(stages: Sequence[Json]) -> Iterable[ET.Element]:
     """Yield the table of latencies, a row for each load, and what its columns are."""
     groups = []
     for stage in stages:
-        rows = [tag("tr", *_cells(_of_calls(load))) for load in stage["loads"]]
+        rows = [
+            tag("tr", *_cells(_of_calls(load), class_="number quarter")) for load in stage["loads"]
+        ]
         rows[0].insert(0, tag("th", stage["name"], scope="rowgroup", rowspan=str(len(rows))))
         groups.append(tag("tbody", *rows))
     yield _table("Latency", list(_of_calls(stages[0]["loads"][0])), groups)
@@ -119,17 +121,17 @@ def _of_calls(load: Json) -> Cells:
         **{name: list(_percentile(latency, name)) for name in PERCENTILES},
         "calls": [str(latency["samples"])],
         "worth": [number(latency["effective_samples"], "{:.0f}")],
-        "first": [f"{load['first_call_ms']:.1f}"],
+        "first": [_ms(load["first_call_ms"])],
     }
 
 
 def _percentile(latency: Json, name: str) -> Iterable[Node]:
     """Yield a percentile with its interval, as far as they are known."""
-    yield number(latency[name], "{:.2f}", FEW)
+    value = latency[name]
+    yield number(None, missing=FEW) if value is None else _ms(value)
     low, high = latency["intervals"].get(name, (None, None))
     if low is not None:
-        text = f"\u2265 {low:.2f}" if high is None else f"{low:.2f}\u2013{high:.2f}"
-        yield tag("small", text)
+        yield tag("small", f"\u2265 {_ms(low)}" if high is None else f"{_ms(low)}\u2013{_ms(high)}")
 
 
 def decisions(report: Json) -> Iterable[ET.Element]:
@@ -169,6 +171,11 @@ def _cells(contents: Cells, **attributes: str) -> list[ET.Element]:
     return [
         tag("td", *content, data_label=title, **attributes) for title, content in contents.items()
     ]
+
+
+def _ms(value: float) -> str:
+    """Return milliseconds with four digits, or all that stand before the point."""
+    return f"{value:.{max(0, 3 - len(str(int(value))) + 1)}f}"
 
 
 def _mb(count: int | None, form: str) -> Node:
