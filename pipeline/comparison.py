@@ -210,9 +210,10 @@ def _paired(
 
 def _score_line(found: Comparison, a: Json, b: Json) -> str:
     metric, check = a["score"]["metric"], found.score
+    values = f"{a['score']['value']:.4f} and {b['score']['value']:.4f}"
     if check is None:
-        values = f"{a['score']['value']:.4f} and {b['score']['value']:.4f}"
         return f"{metric}: {values}; not paired, as evidence/ does not lie beside both reports"
     word = {"pass": "better", "fail": "worse", "inconclusive": "not told apart"}[check.outcome]
     bounds = f"{check.estimate:.4g} ({check.low:.4g} to {check.high:.4g})"
-    return f"{check.what}: {bounds}: {word}"
+    kind = "ratio" if METRICS[metric].kind == "perplexity" else "drop"
+    return f"{metric}: {values}, {kind} {bounds}: {word}"

@@ -23,7 +23,7 @@ from pipeline.plots import (
     draw_latencies,
     draw_trade_offs,
 )
-from pipeline.report import baseline, busy_note, check_line, shape
+from pipeline.report import busy_note, check_line, result, shape
 from pipeline.tables import decisions, latencies, stage_table
 
 Json = Mapping[str, Any]
@@ -88,25 +88,6 @@ def banner(report: Json) -> ET.Element:
         *(tag("p", f"{note.capitalize()}.", class_="busy") for note in [busy_note(report)] if note),
         definitions(facts),
         class_=f"banner {outcome}",
-    )
-
-
-def result(report: Json) -> str:
-    """Return what came out, compared with the baseline, in one sentence."""
-    base, last = baseline(report), report["stages"][-1]
-    speed = ", ".join(
-        f"{load['speedup']['value']:.2f}\u00d7 at {shape(load)}" for load in last["loads"]
-    )
-    metric = base["score"]["metric"]
-    before, after = base["score"]["value"], last["score"]["value"]
-    change = f"stayed at {after:#.4g}"
-    if after != before:
-        verb = "fell" if after < before else "rose"
-        change = f"{verb} by {abs(after - before):.3g}, from {before:#.4g} to {after:#.4g}"
-    return (
-        f"Against {base['name']}, {last['name']} has"
-        f" {last['size_bytes'] / base['size_bytes']:.0%} of the size and a speed of {speed};"
-        f" {metric.replace('_', ' ')} {change}."
     )
 
 

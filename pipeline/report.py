@@ -281,15 +281,40 @@ def evidence(report: Mapping[str, Any]) -> str:
     return f"{where}, {target['runtime']} on {target['device']}; {examples} examples judged."
 
 
+def result(report: Mapping[str, Any]) -> str:
+    """Return what came out, compared with the baseline, in one sentence."""
+    base, last = baseline(report), report["stages"][-1]
+    speed = ", ".join(
+        f"{load['speedup']['value']:.2f}\u00d7 at {shape(load)}" for load in last["loads"]
+    )
+    metric = base["score"]["metric"]
+    before, after = base["score"]["value"], last["score"]["value"]
+    change = f"stayed at {after:#.4g}"
+    if after != before:
+        verb = "fell" if after < before else "rose"
+        change = f"{verb} by {abs(after - before):.3g}, from {before:#.4g} to {after:#.4g}"
+    return (
+        f"Against {base['name']}, {last['name']} has"
+        f" {last['size_bytes'] / base['size_bytes']:.0%} of the size and a speed of {speed};"
+        f" {metric.replace('_', ' ')} {change}."
+    )
+
+
 def markdown(report: Mapping[str, Any]) -> str:
-    """Return report.md, fit for a pull request."""
+    """Return report.md, fit for a pull request: what a reviewer needs, the rest folded away."""
+    told = report["stages"][-1]["fidelity"]
+    flips = "" if told["flips"] is None else f" {told['flips']} examples flipped"
+    if told.get("broken") is not None:  # schema 2 has none
+        flips += f", {told['broken']} of them to wrong"
     lines = [f"# secateur: {report['verdict']['outcome']}", ""]
+    lines += [result(report) + (flips and f"{flips}."), ""]
     lines += [f"- {check_line(check)}" for check in report["verdict"]["checks"]]
-    lines += ["", stage_table(report), "", f"Compared with the stage `{report['baseline']}`."]
-    lines += [
-        f"- {stage['name']}: {'; '.join(notes(stage))}"
-        for stage in report["stages"]
-        if notes(stage)
-    ]
-    lines += [busy_note(report), "", evidence(report), ""]
+    lines += ["", stage_table(report), ""]
+    if note := busy_note(report):
+        lines += [f"**{note}**", ""]
+    lines += [f"Speedup and flips against `{report['baseline']}`. {evidence(report)}", ""]
+    lines += ["<details><summary>What each stage did</summary>", ""]
+    for stage in report["stages"]:
+        lines.append(f"- {stage['name']}: {'; '.join((step_words(stage['step']), *notes(stage)))}")
+    lines += ["", "</details>", ""]
     return "\n".join(lines)

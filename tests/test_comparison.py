@@ -45,7 +45,7 @@ def test_a_run_against_itself_differs_in_nothing(tmp_path):
     assert found.header[:4] == ["stage", "", "accuracy", "flips"]
     assert [row[:3] for row in found.rows[:2]] == [["original", "a", "0.9105"], ["", "b", "0.9105"]]
     score, decisions, size, *_ = results(found)
-    assert score.startswith("accuracy drop: 0 (-0.0013")
+    assert score.startswith("accuracy: 0.9025 and 0.9025, drop 0 (-0.0013")
     assert score.endswith("): not told apart")
     assert decisions == "decisions: 1.0000 are equal, 0 broken and 0 mended"
     assert size == "size: 1x"
@@ -76,7 +76,7 @@ def test_what_differs_is_named_and_the_results_are_paired(tmp_path):
     ]
     assert len([row for row in found.rows if row[1] == "b"]) == 4
     score, decisions, size, memory, *speeds = results(found)
-    assert score.startswith("accuracy drop: 0.02 (")
+    assert score.startswith("accuracy: 0.9025 and 0.9025, drop 0.02 (")
     assert score.endswith("): worse")
     assert decisions == "decisions: 0.9700 are equal, 50 broken and 10 mended"
     assert (size, memory) == ("size: 0.5x", "peak memory: 1x")

@@ -75,7 +75,9 @@ def test_a_report_of_the_schema_before_is_judged_alike(report):
             for name in added.keys() & part.keys():
                 part[name] = {k: v for k, v in part[name].items() if k not in added[name]}
     edit(report, schema=2, stages=written["stages"])
-    assert judge_again(report)["verdict"] == written["verdict"]
+    again = judge_again(report)
+    assert again["verdict"] == written["verdict"]
+    assert "examples flipped." in ci.summary(again)
 
 
 def test_another_budget_has_another_verdict(report):

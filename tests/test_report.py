@@ -52,7 +52,7 @@ def report() -> dict:
         recipe={"target": {"threads": 2, "runtime": "onnxruntime", "device": "cpu"}},
         machine={"cpu": "a CPU", "cores": 4},
         data={"examples": {"gate": 2000}},
-        baseline="original",
+        baseline="prune",
         stages=(stage,),
         verdict=Verdict("pass", (check,)),
         artifact="out/artifact",
@@ -72,7 +72,18 @@ def test_markdown_says_verdict_checks_and_machine():
     assert text.startswith("# secateur: pass\n")
     assert "speedup at 8x128: 2 (1.9 to 2.1), at least 1.5: pass" in text
     assert "| prune | 0.9100 |" in text
+    assert "Against prune, prune has 100% of the size and a speed of 2.00\u00d7 at 8x128" in text
+    assert "- prune: prune; 2.00x faster at 8x128" in text
+    assert "flipped" not in text
     assert "a CPU, 2 of 4 cores, onnxruntime on cpu; 2000 examples judged." in text
+
+
+def test_markdown_says_what_flipped_and_that_the_machine_was_busy():
+    sample = report()
+    sample["stages"][0]["fidelity"] |= {"flips": 30, "broken": 20, "mended": 10}
+    sample["machine"]["cpu_stalled_before_and_after"] = [0.05, 0.4]
+    assert "30 examples flipped, 20 of them to wrong.\n" in markdown(sample)
+    assert "**the machine was busy while speed was measured" in markdown(sample)
 
 
 def test_the_published_schema_is_that_of_the_dataclasses():
