@@ -10,14 +10,14 @@ R rounds.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, TypeVar
 
 import numpy as np
-from scipy.stats import quantile_test
+from scipy.stats import quantile_test, rankdata
 
 from benchmarks.accuracy import Track, silent
+from benchmarks.figures import Percentiles, Ratio
 from benchmarks.worker import Arrays, Worker
 
 CONFIDENCE: Final = 0.95
@@ -32,26 +32,6 @@ T = TypeVar("T")
 Turns = list[list[float]]
 """Latencies in milliseconds: turn -> call."""
 Speed = Literal["faster", "slower", "same", "undecided"]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of latencies with its interval at `CONFIDENCE`."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Percentiles:
-    """Latency percentiles; None where the samples are too few for an upper confidence bound."""
-
-    p50: float
-    p90: float | None
-    p95: float | None
-    p99: float | None
-    samples: int
 
 
 def compare(
@@ -176,19 +156,44 @@ def verdict(found: Ratio, noise: float) -> Speed:
 
 
 def percentiles(latencies: Sequence[float]) -> Percentiles:
-    """Return the percentiles for which the samples give an upper bound at `CONFIDENCE`.
+    """Return the percentiles of latencies, in the order in which they were measured.
 
-    The bound is an order statistic, so p90 needs 29 samples, p95 59, p99 299.
+    The bounds are order statistics. An upper bound alone at `CONFIDENCE` is what makes a percentile
+    known: p90 needs 29 samples, p95 59, p99 299. Both ends of its interval need 36, 72 and 368.
     """
 
     def known(p: float) -> float | None:
         bound = quantile_test(latencies, p=p, alternative="less").confidence_interval(CONFIDENCE)
         return float(np.quantile(latencies, p)) if np.isfinite(bound.high) else None
 
+    def interval(p: float) -> tuple[float | None, float | None]:
+        bounds = quantile_test(latencies, p=p).confidence_interval(CONFIDENCE)
+        low, high = (float(end) if np.isfinite(end) else None for end in bounds)
+        return low, high
+
+    shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+    values = {name: known(share) for name, share in shares.items()}
     return Percentiles(
         p50=float(np.median(latencies)),
-        p90=known(0.90),
-        p95=known(0.95),
-        p99=known(0.99),
+        p90=values["p90"],
+        p95=values["p95"],
+        p99=values["p99"],
         samples=len(latencies),
+        effective_samples=effective_samples(latencies),
+        intervals={n: interval(p) for n, p in shares.items() if n == "p50" or values[n]},
+        quantiles=tuple(np.quantile(latencies, np.linspace(0, 1, 21)).tolist()),
     )
+
+
+def effective_samples(latencies: Sequence[float]) -> float:
+    """Return how many independent samples these are worth, in their order.
+
+    n (1 - r) / (1 + r) with r the correlation of a sample's rank with the one's before, as for a
+    process that remembers one step (Bayley and Hammersley 1946, J. R. Stat. Soc. Suppl. 8:184-197);
+    at most n. Ranks, since a few slow calls would hide all others.
+    """
+    count = len(latencies)
+    ranks = rankdata(latencies) - (count + 1) / 2
+    spread = float(ranks @ ranks)
+    correlation = max(0.0, float(ranks[:-1] @ ranks[1:]) / spread) if spread else 0.0
+    return count * (1 - correlation) / (1 + correlation)

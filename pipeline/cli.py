@@ -25,6 +25,7 @@ from pipeline.terminal import (
     out,
     progress,
     show_bench,
+    show_comparison,
     show_engine,
     show_parts,
     show_report,
@@ -39,7 +40,7 @@ WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
     options = _parser().parse_args(arguments)
-    if options.command in {_verify, _gate}:
+    if options.command in {_verify, _gate, _compare}:
         sys.exit(options.command(options))  # where it is done there may be no torch
     _silence()
     sys.exit(_guarded(lambda: options.command(options)))
@@ -119,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     gate.set_defaults(command=_gate)
     _bench_arguments(commands.add_parser("bench", help="time artifacts of any format, in turns"))
+    compare = commands.add_parser("compare", help="two runs side by side; needs no torch")
+    compare.add_argument("reports", type=Path, nargs=2, metavar="REPORT", help="as for gate")
+    compare.add_argument("--markdown", type=Path, metavar="FILE", help="write it as Markdown, too")
+    compare.set_defaults(command=_compare)
     rebuild = commands.add_parser(
         "rebuild", help="make the TensorRT engine of an artifact again, on this machine"
     )
@@ -344,7 +349,7 @@ def _gate(options: argparse.Namespace) -> int:
     from pipeline.reading import RecipeError
     from pipeline.writing import write_text
 
-    path = options.report / "report.json" if options.report.is_dir() else options.report
+    path = _report(options.report)
     try:
         report = judge_again(path, Budget.from_yaml(options.budget) if options.budget else None)
         if options.junit:
@@ -362,6 +367,29 @@ def _gate(options: argparse.Namespace) -> int:
         return _say(WRONG, f"{path}: not a report that can be judged: {error!r}")
     show_verdict(report)
     return CODES[report["verdict"]["outcome"]]
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from pipeline import comparison
+    from pipeline.gate import EvidenceError
+    from pipeline.writing import write_text
+
+    first, second = (str(path) for path in options.reports)
+    try:
+        found = comparison.compare(*map(_report, options.reports))
+        if options.markdown:
+            write_text(options.markdown, comparison.markdown(found, (first, second)))
+    except EvidenceError as error:
+        return _say(WRONG, error)
+    except OSError as error:
+        return _say(*_disk(error))
+    show_comparison(found, (first, second))
+    return 0
+
+
+def _report(path: Path) -> Path:
+    """Return the report in a folder, or the one that is named."""
+    return path / "report.json" if path.is_dir() else path
 
 
 def _verify(options: argparse.Namespace) -> int:

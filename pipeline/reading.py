@@ -50,3 +50,12 @@ def read_yaml(path: Path, needs: str) -> dict[str, Any]:
         found = "an empty file" if content is None else type(content).__name__
         raise RecipeError(f"{path}: found {found}, expected a mapping with {needs}")
     return content
+
+
+def stage_names(steps: Sequence[str]) -> tuple[str, ...]:
+    """Return the name of every step's stage: the step's, with a number from the second on."""
+    names: list[str] = []
+    for step in steps:
+        count = sum(name.partition("-")[0] == step for name in names) + 1
+        names.append(step if count == 1 else f"{step}-{count}")
+    return tuple(names)

@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:  # it imports torch
+    from pipeline.comparison import Comparison
     from pipeline.inspection import Inspection
 
 T = TypeVar("T")
@@ -34,15 +35,8 @@ def show_report(text: str, folder: Path) -> None:
     from pipeline.report import busy_note, notes, table
 
     report = json.loads(text)
-    header, rows = table(report, intervals=False)
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column(header[0], no_wrap=True)
-    for name in header[1:]:
-        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
     out.print()
-    out.print(shown)
+    _show_table(*table(report, intervals=False))
     for stage in report["stages"]:
         if lines := notes(stage):
             out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
@@ -54,6 +48,39 @@ def show_report(text: str, folder: Path) -> None:
     kept = "artifact" if outcome == "pass" else "not published, last stage"
     out.print(f"{kept}: {escape(report['artifact'])}", soft_wrap=True)
     out.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+
+
+def show_comparison(found: "Comparison", names: tuple[str, str]) -> None:
+    """Show what two runs were asked for, and what came out, and what that comes to."""
+    from pipeline.comparison import SIDES, results, warnings
+
+    for side, name, report in zip(SIDES, names, found.reports, strict=True):
+        outcome = report["verdict"]["outcome"]
+        text = f"{side}: {escape(name)}: [{COLOURS[outcome]}]{outcome}[/]"
+        out.print(f"{text} against {escape(report['baseline'])}", soft_wrap=True)
+    out.print()
+    for name, *values in found.differences:
+        out.print(escape(f"{name}: {' | '.join(values)}"), soft_wrap=True)
+    if not found.differences:
+        out.print("the same recipe, data, machine and versions")
+    out.print()
+    _show_table(found.header, found.rows)
+    out.print("\nthe result of b against that of a")
+    for line in results(found):
+        out.print(f"  {escape(line)}", soft_wrap=True)
+    for line in warnings(found):
+        out.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+
+
+def _show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Show a table whose first column is a name, and the others numbers."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column(header[0], no_wrap=True)
+    for name in header[1:]:
+        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    out.print(shown)
 
 
 def show_verdict(report: Mapping[str, Any]) -> None:
