@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import machine
 from benchmarks.accuracy import Track, once
-from benchmarks.data import WANTED, Row
+from benchmarks.data import SLICE, WANTED, Row
 from benchmarks.data import load as load_data
 from benchmarks.examples import Array, Arrays, Example, collate, padding, with_decoder_inputs
 from benchmarks.machine import Unavailable
@@ -45,16 +45,25 @@ _WITHOUT_EFFECT: Final = frozenset(
     {
         "__main__.py",
         "artifact.py",
+        "budget.py",
         "card.py",
+        "ci.py",
         "cli.py",
         "conversion.py",
         "doctor.py",
+        "evidence.py",
+        "exact.py",
         "gate.py",
         "hub.py",
         "infer.py",
+        "intervals.py",
+        "judging.py",
+        "ledger.py",
         "mistakes.py",
         "page.py",
         "plots.py",
+        "power.py",
+        "quality.py",
         "rebuilding.py",
         "recipe.py",
         "register_secateur.py",
@@ -117,6 +126,7 @@ class Work:
             splits=recipe.task.splits.model_dump(exclude_none=True),
             columns=self._columns(),
             overlap=recipe.task.overlap,
+            slice_column=recipe.budget.slices.column if recipe.budget.slices else None,
         )
         self.rows = once(track, "reading data", read)
         self.labels = self._label_names()
@@ -153,6 +163,15 @@ class Work:
         """Return the fingerprint of a split's content and of how it is seen."""
         settings = [self.recipe.task.kind, self.recipe.task.max_length, list(self.labels)]
         return fingerprint([settings, [_plain(row) for row in self.rows[split]]])
+
+    @property
+    def slices(self) -> dict[str, list[str]]:
+        """Return the value of every gate example in the column that the budget cuts them by."""
+        if self.recipe.budget.slices is None:
+            return {}
+        values = {row["id"]: str(row[SLICE]) for row in self.rows["gate"]}
+        found = [values[example.id] for example in self.examples("gate")]
+        return {self.recipe.budget.slices.column: found}
 
     @cached_property
     def _shifter(self) -> Callable[[torch.Tensor], torch.Tensor]:
