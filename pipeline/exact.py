@@ -20,7 +20,7 @@ REACH: Final = 9.0
 """Standard deviations of c beyond which nothing is summed."""
 NUISANCES: Final = 128
 """Shares of discordant examples at which a probability is taken, where the largest one counts."""
-STEPS: Final = 20
+STEPS: Final = 18
 """Halvings of the interval in which the limit of the statistic lies."""
 EQUAL: Final = 1e-9
 """Statistics that are closer than this are equal."""
@@ -32,13 +32,11 @@ def accepted(examples: int, allowed: float, confidence: float) -> Region:
     """Return for every c the largest b `(N + 1,)` with which `passes` is true, -1 for none."""
     low = NormalDist().inv_cdf(confidence)
     high = low + 1.0
-    if worst(found := _above(examples, allowed, low), allowed) <= 1 - confidence:
-        return found
     for _ in range(STEPS):
         middle = (low + high) / 2
-        small = worst(_above(examples, allowed, middle), allowed) <= 1 - confidence
+        small = worst(above(examples, allowed, middle), allowed) <= 1 - confidence
         low, high = (low, middle) if small else (middle, high)
-    return _above(examples, allowed, high)
+    return above(examples, allowed, high)
 
 
 def passes(wrong: int, mended: int, examples: int, allowed: float, confidence: float) -> bool:
@@ -52,11 +50,11 @@ def passes(wrong: int, mended: int, examples: int, allowed: float, confidence: f
     statistic = float(tango(wrong, mended, examples, -allowed))
     if not statistic > NormalDist().inv_cdf(confidence):
         return False
-    as_good = _above(examples, allowed, statistic - EQUAL)
+    as_good = above(examples, allowed, statistic - EQUAL)
     return worst(as_good, allowed) <= 1 - confidence
 
 
-def _above(examples: int, allowed: float, statistic: float) -> Region:
+def above(examples: int, allowed: float, statistic: float) -> Region:
     """Return for every c the largest b for which Tango's statistic is more than `statistic`."""
     c = np.arange(examples + 1)
     mended = c.astype(np.float64)

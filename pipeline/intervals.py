@@ -9,6 +9,7 @@ N examples.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Final
 
@@ -108,6 +109,7 @@ def share_interval(count: int, examples: int, confidence: float) -> tuple[float,
     return 1 - below(examples - count) if count else 0.0, high
 
 
+@lru_cache(maxsize=4)
 def log_factorials(largest: int) -> Floats:
     """Return log k! for k from 0 to `largest`."""
     return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, largest + 1)))])

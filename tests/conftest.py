@@ -400,6 +400,16 @@ def other_task(folder: Path, kind: str, family: str, **changes: object) -> dict[
     }  # fmt: skip
 
 
+def classified(wrong: int, mended: int, examples: int) -> tuple[dict, dict]:
+    """Return columns of baseline and candidate that differ so; what is not said is right."""
+    label = np.arange(examples) % 2
+    baseline, candidate = label.copy(), label.copy()
+    candidate[:wrong] = 1 - label[:wrong]
+    lost = slice(wrong, wrong + mended)
+    baseline[lost] = 1 - label[lost]
+    return {"label": label, "prediction": baseline}, {"label": label, "prediction": candidate}
+
+
 def multiplying(weight: np.ndarray) -> onnx.ModelProto:
     """Return the graph of x W."""
     rows, columns = weight.shape
