@@ -174,6 +174,8 @@ def _exact(what: str, value: float, allowed: float) -> Check:
 
 
 def _loads(stage: Stage) -> list[dict[str, Any]]:
+    if not stage.loads:
+        raise EvidenceError(f"{stage.name}: found no loads, expected one at least")
     return [asdict(load) for load in stage.loads]
 
 
