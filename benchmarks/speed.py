@@ -44,6 +44,8 @@ class Percentiles:
     p95: float | None
     p99: float | None
     samples: int
+    intervals: Mapping[str, tuple[float | None, float | None]]
+    """Of every percentile that is known; an end is None where the samples are too few for it."""
 
 
 def compare(
@@ -118,10 +120,18 @@ def percentiles(latencies: Sequence[float]) -> Percentiles:
         bound = quantile_test(latencies, p=p, alternative="less").confidence_interval(CONFIDENCE)
         return float(np.quantile(latencies, p)) if np.isfinite(bound.high) else None
 
+    def interval(p: float) -> tuple[float | None, float | None]:
+        bounds = quantile_test(latencies, p=p).confidence_interval(CONFIDENCE)
+        low, high = (float(end) if np.isfinite(end) else None for end in bounds)
+        return low, high
+
+    shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+    values = {name: known(share) for name, share in shares.items()}
     return Percentiles(
         p50=float(np.median(latencies)),
-        p90=known(0.90),
-        p95=known(0.95),
-        p99=known(0.99),
+        p90=values["p90"],
+        p95=values["p95"],
+        p99=values["p99"],
         samples=len(latencies),
+        intervals={n: interval(p) for n, p in shares.items() if n == "p50" or values[n]},
     )

@@ -32,6 +32,11 @@ class Limits(Strict):
     max_memory: Positive | None = None
     """The final peak memory as a ratio to the baseline's."""
 
+    @property
+    def of_quality(self) -> bool:
+        """Whether a limit rests on what the gate's examples came to."""
+        return any(getattr(self, name) is not None for name in QUALITY)
+
 
 class Slices(Strict):
     """Limits that hold in every slice of the gate split: among the examples of one value."""
@@ -109,6 +114,9 @@ class Budget(Limits):
         return found
 
 
+QUALITY: Final = tuple(
+    name for name in Limits.model_fields if name not in {"max_size", "max_memory"}
+)
 SETTINGS: Final = frozenset({"confidence", "baseline_floor"})
 """What is no limit in itself."""
 ABSOLUTE: Final = ("max_p50_ms", "max_p95_ms", "max_p99_ms", "max_peak_mb")

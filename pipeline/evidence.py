@@ -48,12 +48,8 @@ class Evidence:
         return self.last.score.metric
 
 
-def check_fit(evidence: Evidence, floor: float | None = None) -> None:
+def check_fit(evidence: Evidence) -> None:
     """Refuse evidence that no verdict can rest on.
-
-    Args:
-        evidence: of one comparison.
-        floor: what the baseline's score has to be better than; its own unless given.
 
     Raises:
         EvidenceError: it is not fit.
@@ -72,7 +68,6 @@ def check_fit(evidence: Evidence, floor: float | None = None) -> None:
             raise EvidenceError(
                 f"slices: found {len(values)} values of {column!r}, expected {len(before.ids)}"
             )
-    _check_floor(metric, before.columns, floor)
 
 
 def _check_paired(baseline: Outcomes, candidate: Outcomes) -> None:
@@ -143,8 +138,17 @@ def _check_report(outcomes: Outcomes, stage: Stage) -> None:
         )
 
 
-def _check_floor(metric: str, columns: Columns, floor: float | None) -> None:
-    """Refuse a baseline that knows nothing: little can be lost of it."""
+def check_floor(metric: str, columns: Columns, floor: float | None = None) -> None:
+    """Refuse a baseline that knows nothing: little can be lost of it.
+
+    Args:
+        metric: the name of the metric.
+        columns: the baseline's.
+        floor: what its score has to be better than; the metric's own unless given.
+
+    Raises:
+        EvidenceError: it is no better.
+    """
     found, why = score(metric, columns), "budget.baseline_floor"
     if metric == "perplexity":
         if floor is not None and not found < floor:

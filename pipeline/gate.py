@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline import quality
 from pipeline.budget import Budget, Limits, Regression, Slices
-from pipeline.evidence import Evidence, EvidenceError, check_fit
+from pipeline.evidence import Evidence, EvidenceError, check_fit, check_floor
 from pipeline.report import Check, Outcome, Stage, Verdict, shape
 
 RELEASED: Final = " against released"
@@ -52,22 +52,11 @@ def checks(
     Raises:
         EvidenceError: something is not comparable, missing, or not a number.
     """
-    found = [*_compared(budget, evidence, budget.confidence, budget.baseline_floor)]
-    last = evidence.last
-    if budget.min_speedup is not None:
-        found += [check_speedup(shape(load), load["speedup"], budget.min_speedup)
-                  for load in _loads(last)]  # fmt: skip
-    if budget.absolute and not evidence.dedicated:
-        raise EvidenceError(
-            f"budget: found {', '.join(budget.absolute)}, which hold on a target that nothing else"
-            " runs on; expected `dedicated: true` under target, or ratios alone"
-        )
-    for name in PERCENTILES:
-        if (allowed := getattr(budget, f"max_{name}_ms")) is not None:
-            found += [check_latency(name, load, allowed) for load in _loads(last)]
-    if budget.max_peak_mb is not None:
-        megabytes = _peak(last) / 1e6
-        found.append(_exact("peak memory in MB", megabytes, budget.max_peak_mb))
+    found = [*_compared(budget, evidence, budget.confidence)]
+    if budget.of_quality or budget.slices is not None:
+        columns = evidence.baseline.columns
+        check_floor(evidence.metric, columns, budget.baseline_floor)
+    found += _measured(budget, evidence)
     if budget.slices is not None:
         found += _slices(budget.slices, evidence, budget.confidence)
     if budget.regression is not None:
@@ -75,11 +64,28 @@ def checks(
             raise EvidenceError("budget.regression: found no released report, expected one")
         found += [
             replace(check, what=check.what + RELEASED)
-            for check in _compared(budget.regression, released, budget.confidence, None)
+            for check in _compared(budget.regression, released, budget.confidence)
         ]
     if not found:
         raise EvidenceError("budget: found no limit, expected at least one")
     return tuple(found)
+
+
+def _measured(budget: Budget, evidence: Evidence) -> Iterator[Check]:
+    """Yield the checks of what a run alone can tell: speed, and what is no comparison."""
+    last = evidence.last
+    if budget.absolute and not evidence.dedicated:
+        raise EvidenceError(
+            f"budget: found {', '.join(budget.absolute)}, which hold on a target that nothing else"
+            " runs on; expected `dedicated: true` under target, or ratios alone"
+        )
+    if (least := budget.min_speedup) is not None:
+        yield from (check_speedup(shape(load), load["speedup"], least) for load in _loads(last))
+    for name in PERCENTILES:
+        if (most := getattr(budget, f"max_{name}_ms")) is not None:
+            yield from (check_latency(name, load, most) for load in _loads(last))
+    if (most := budget.max_peak_mb) is not None:
+        yield _exact("peak memory in MB", _peak(last) / 1e6, most)
 
 
 def against_released(budget: Budget, report: str) -> Budget:
@@ -92,12 +98,10 @@ def against_released(budget: Budget, report: str) -> Budget:
     return budget.model_copy(update={"regression": regression})
 
 
-def _compared(
-    limits: Limits, evidence: Evidence, confidence: float, floor: float | None
-) -> Iterator[Check]:
+def _compared(limits: Limits, evidence: Evidence, confidence: float) -> Iterator[Check]:
     """Yield the checks of what two artifacts can be compared by."""
     first, last = evidence.first, evidence.last
-    check_fit(evidence, floor)
+    check_fit(evidence)
     yield from quality.check_scores(limits, evidence.metric, evidence.baseline.columns,
                        evidence.candidate.columns, confidence)  # fmt: skip
     if limits.max_flips is not None:

@@ -396,7 +396,7 @@ def other_task(folder: Path, kind: str, family: str, **changes: object) -> dict[
         "steps": [{"step": "prune", "heads": 0.25, "neurons": 0.25},
                   {"step": "finetune", "teacher": "original", "hidden_weight": 0.1},
                   {"step": "quantize"}],
-        "budget": {"max_drop": 0.9},
+        "budget": {"max_drop": 0.9, "baseline_floor": -1.0},
     }  # fmt: skip
 
 
@@ -437,6 +437,6 @@ def built_ahead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]
             {"step": "quantize", "method": "int8-static", "portable": True},
             {"step": "export", "format": "tensorrt", "compute_capabilities": [8.6]},
         ],
-        budget={"max_drop": 0.9},
+        budget={"max_drop": 0.9, "baseline_floor": -1.0},
     )
     return folder, run(path, folder / "out")

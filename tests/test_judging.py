@@ -304,6 +304,16 @@ def test_a_summary_is_cut_where_github_would_refuse_it(ran, monkeypatch):
     assert text.endswith("(cut short)\n")
 
 
+def test_the_worst_is_annotated_first():
+    checks = [
+        {"what": what, "estimate": 1.0, "low": 1.0, "high": 1.0, "allowed": 0.5, "note": "",
+         "outcome": what, "at_least": False}
+        for what in ("pass", "inconclusive", "fail")
+    ]  # fmt: skip
+    lines = ci.annotations({"verdict": {"checks": checks}})
+    assert [line.split()[0] for line in lines] == ["::error", "::warning", "::notice"]
+
+
 def test_a_message_of_several_lines_stays_one_command():
     check = {"what": "a\nb", "estimate": 1.0, "low": 1.0, "high": 1.0, "allowed": 0.5,
              "outcome": "fail", "note": "50 %", "at_least": False}  # fmt: skip
