@@ -89,4 +89,5 @@ def _gather(examples: Sequence[Example], judged: Sequence[Judgement]) -> Outcome
         columns={name: np.asarray([j.columns[name] for j in judged]) for name in judged[0].columns},
         decisions=np.concatenate([np.asarray(j.decisions, np.int64) for j in judged]),
         log_probabilities=log_probabilities,
+        lengths=np.asarray([len(j.decisions) for j in judged], np.int64),
     )

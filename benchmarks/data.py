@@ -32,6 +32,10 @@ BUILDERS: Final = {
 BUILTIN: Final = {"builtin:docstrings": docstrings.load}
 WANTED: Final = ("label", "tags", "answers", "target")
 """The roles of what a model is to give, which are no part of a row's id."""
+SLICE: Final = "slice"
+"""The role of the column by which the gate split is cut; no part of an id either."""
+PLACES: Final = {SLICE: "budget.slices"}
+"""Where in a recipe the column of a role is named, if not under task.columns."""
 # From the most to the least protected: an overlap is mended in the later one.
 PROTECTION: Final = ("gate", "selection", "calibration", "train")
 
@@ -47,15 +51,20 @@ def load(
     splits: Mapping[str, str],
     columns: Mapping[str, str],
     overlap: Literal["error", "drop"],
+    slice_column: str | None = None,
 ) -> Splits:
     """Return the rows of every split, with one key a role of `columns` and `id`.
 
+    The gate's rows have the value of `slice_column`, too, if there is one.
+
     Raises:
-        DataError: no such file, split or column; an empty split; two splits that share an example.
+        DataError: no such file, split or column; an empty split; two splits that share an example,
+            or an example that the gate's has twice.
     """
     tables = _read(source, subset)
+    more = {"gate": {SLICE: slice_column}} if slice_column else {}
     rows = {
-        name: _rows(tables, f"{source}: {name}: {spec}", spec, columns)
+        name: _rows(tables, f"{source}: {name}: {spec}", spec, {**columns, **more.get(name, {})})
         for name, spec in splits.items()
     }
     _separate(rows, overlap)
@@ -148,7 +157,7 @@ def _rows(
             if column not in table.column_names:
                 raise DataError(
                     f"{where}: found columns {table.column_names}, expected {column!r} for the"
-                    f" {role}; name it under task.columns"
+                    f" {role}; name it under {PLACES.get(role, 'task.columns')}"
                 )
         names = {
             role: found
@@ -192,7 +201,7 @@ def _content_hash(row: Row) -> str:
     for role in sorted(row):
         value = row[role]
         # What is to be predicted is left out: a text with two labels is one example.
-        if role in WANTED:
+        if role in WANTED or role == SLICE:
             continue
         if isinstance(value, Image):
             digest.update(value.convert("RGB").tobytes())
@@ -216,6 +225,15 @@ def _separate(rows: Splits, overlap: Literal["error", "drop"]) -> None:
                 f" to take them out of {name}"
             )
         rows[name] = [row for row in rows[name] if row["id"] not in taken]
+        if name == "gate":
+            once = {row["id"]: row for row in reversed(rows[name])}
+            twice = len(rows[name]) - len(once)
+            if twice and overlap == "error":
+                raise DataError(
+                    f"task.splits: gate holds {twice} of {len(rows[name])} examples again, expected"
+                    " each of them once; set `overlap: drop` under task to keep the first"
+                )
+            rows[name] = [row for row in rows[name] if once[row["id"]] is row]
         taken.update((row["id"], name) for row in rows[name])
 
 

@@ -55,13 +55,13 @@ class Machine:
     cpu_flags: tuple[str, ...]
     cores: int
     memory_bytes: int
-    virtual: bool
-    governor: str | None
-    cpu_quota: float | None
     gpu: str | None
-    driver: str | None
     python: str
     versions: dict[str, str]
+    virtual: bool = False
+    governor: str | None = None
+    cpu_quota: float | None = None
+    driver: str | None = None
 
     def identity(self) -> dict[str, object]:
         """Return what must be equal for two measurements to be comparable."""

@@ -20,12 +20,16 @@ from benchmarks.examples import Array, Arrays
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What each example came to: `ids` `(N,)`, `columns` `(N,)` each, decisions `(D,)`."""
+    """What each example came to: `ids` `(N,)`, `columns` `(N,)` each, decisions `(D,)`.
+
+    `lengths` `(N,)` says how many decisions each example has; None: one.
+    """
 
     ids: tuple[str, ...]
     columns: Arrays
     decisions: Array
     log_probabilities: NDArray[np.float32] | None
+    lengths: NDArray[np.int64] | None = None
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -33,6 +37,8 @@ class Outcomes:
         arrays["decisions"] = self.decisions
         if self.log_probabilities is not None:
             arrays["log_probabilities"] = self.log_probabilities
+        if self.lengths is not None:
+            arrays["lengths"] = self.lengths
         arrays["ids"] = np.frombuffer(bytes.fromhex("".join(self.ids)), np.uint8)
         save_file(arrays, path)
 
@@ -55,6 +61,7 @@ class Outcomes:
             },
             decisions=arrays["decisions"],
             log_probabilities=arrays.get("log_probabilities"),
+            lengths=arrays.get("lengths"),
         )
 
 

@@ -10,6 +10,7 @@ SUMMARY_BYTES: Final = 1_000_000
 """GitHub takes 1 MiB a step.
 https://docs.github.com/actions/reference/workflows-and-actions/workflow-commands
 """
+ORDER: Final = ("fail", "inconclusive", "pass")
 LEVELS: Final = {"pass": "notice", "fail": "error", "inconclusive": "warning"}
 
 
@@ -40,10 +41,11 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def annotations(report: Mapping[str, Any]) -> list[str]:
-    """Return GitHub's workflow commands, one a check."""
+    """Return GitHub's workflow commands, one a check, the worst first: it shows ten of a kind."""
+    checks = sorted(report["verdict"]["checks"], key=lambda check: ORDER.index(check["outcome"]))
     return [
         f"::{LEVELS[check['outcome']]} title=secateur::{_escaped(check_line(check))}"
-        for check in report["verdict"]["checks"]
+        for check in checks
     ]
 
 

@@ -28,6 +28,7 @@ from pipeline.terminal import (
     show_comparison,
     show_engine,
     show_parts,
+    show_plans,
     show_report,
     show_units,
     show_verdict,
@@ -110,8 +111,24 @@ def _parser() -> argparse.ArgumentParser:
     gate = commands.add_parser(
         "gate", help="judge a run again, from its report; runs no model, and needs no torch"
     )
-    gate.add_argument("report", type=Path, metavar="REPORT", help="report.json, or its folder")
+    gate.add_argument(
+        "report", type=Path, nargs="?", metavar="REPORT", help="report.json, or its folder"
+    )
     gate.add_argument("--budget", type=Path, metavar="FILE", help="in place of the recipe's")
+    gate.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="REPORT",
+        help="judge against the artifact of this report, too: the last release",
+    )
+    gate.add_argument(
+        "--plan",
+        dest="examples",
+        type=int,
+        metavar="EXAMPLES",
+        help="no report: say what so many examples can decide of --budget or --max-drop",
+    )
+    gate.add_argument("--max-drop", type=float, metavar="DROP", help="with --plan: of the score")
     gate.add_argument(
         "--junit", type=Path, metavar="FILE", help="write JUnit XML, one case a check"
     )
@@ -205,8 +222,8 @@ def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of er
     from benchmarks.worker import WorkerError
     from exporters import ExportError, MissingDependency, NotHere
     from pipeline.checkpoint import ModelError
+    from pipeline.evidence import EvidenceError
     from pipeline.finetuning import TrainingError
-    from pipeline.gate import EvidenceError
     from pipeline.manifest import Damaged
     from pipeline.quantization import QuantizationError
     from pipeline.reading import RecipeError
@@ -277,6 +294,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_one(path: Path) -> int:
+    from benchmarks.tasks import TASKS
     from pipeline.recipe import Recipe
     from pipeline.report import step_words
     from pipeline.runner import check
@@ -288,10 +306,12 @@ def _check_one(path: Path) -> int:
         out.print(f"  {stage}: {escape(step_words(step.model_dump()))}", soft_wrap=True)
     out.print(f"  target: {target.runtime} on {target.device}; baseline: {recipe.baseline}")
     with progress() as bars:
-        examples = check(recipe, track=Bars(bars))
-    found = ", ".join(f"{split} {count}" for split, count in examples.items())
+        data = check(recipe, track=Bars(bars))
+    found = ", ".join(f"{split} {count}" for split, count in data.splits.items())
     out.print(f"  examples: {found}")
-    return 0
+    metric = recipe.task.metric or TASKS[recipe.task.kind].metrics[0]
+    decided = show_plans(recipe.budget, metric, data.splits["gate"], data.slices)
+    return CODES["pass" if decided else "inconclusive"]
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -342,41 +362,68 @@ def _per_layer_config(source: str) -> str:
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from pipeline import ci
-    from pipeline.budget import Budget
-    from pipeline.gate import EvidenceError
-    from pipeline.judging import judge_again
+    from pipeline.evidence import EvidenceError
     from pipeline.reading import RecipeError
-    from pipeline.writing import write_text
 
-    path = _report(options.report)
     try:
-        report = judge_again(path, Budget.from_yaml(options.budget) if options.budget else None)
-        if options.junit:
-            write_text(options.junit, ci.junit(report))
-        if options.github:
-            print(*ci.annotations(report), sep="\n")  # noqa: T201 - commands, not for people
-            if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-                with Path(summary).open("a", encoding="utf-8") as file:
-                    file.write(ci.summary(report))
+        return _judge(options) if options.examples is None else _plan(options)
     except (RecipeError, EvidenceError) as error:
         return _say(WRONG, error)
     except OSError as error:
         return _say(*_disk(error))
     except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        return _say(WRONG, f"{path}: not a report that can be judged: {error!r}")
+        return _say(WRONG, f"{options.report}: not a report that can be judged: {error!r}")
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from pipeline import ci
+    from pipeline.budget import Budget
+    from pipeline.judging import judge_again, report_path
+    from pipeline.reading import RecipeError
+    from pipeline.writing import write_text
+
+    if options.report is None:
+        raise RecipeError("gate: found no report, expected one, or --plan EXAMPLES")
+    budget = Budget.from_yaml(options.budget) if options.budget else None
+    report = judge_again(report_path(options.report), budget, options.baseline)
+    if options.junit:
+        write_text(options.junit, ci.junit(report))
+    if options.github:
+        print(*ci.annotations(report), sep="\n")  # noqa: T201 - commands, not for people
+        if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with Path(summary).open("a", encoding="utf-8") as file:
+                file.write(ci.summary(report))
     show_verdict(report)
     return CODES[report["verdict"]["outcome"]]
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from pipeline.budget import Budget
+    from pipeline.reading import RecipeError
+
+    if options.examples < 1:
+        raise RecipeError(f"--plan: found {options.examples}, expected at least 1")
+    if (options.budget is None) == (options.max_drop is None):
+        raise RecipeError("--plan: expected one of --budget FILE and --max-drop DROP")
+    if options.max_drop is not None and not 0 < options.max_drop < 1:
+        raise RecipeError(f"--max-drop: found {options.max_drop}, expected between 0 and 1")
+    if options.budget:
+        budget = Budget.from_yaml(options.budget)
+    else:
+        budget = Budget(max_drop=options.max_drop)
+    metric = "perplexity" if budget.max_perplexity_ratio else "accuracy"
+    return CODES["pass" if show_plans(budget, metric, options.examples, {}) else "inconclusive"]
+
+
 def _compare(options: argparse.Namespace) -> int:
     from pipeline import comparison
-    from pipeline.gate import EvidenceError
+    from pipeline.evidence import EvidenceError
+    from pipeline.judging import report_path
     from pipeline.writing import write_text
 
     first, second = (str(path) for path in options.reports)
     try:
-        found = comparison.compare(*map(_report, options.reports))
+        found = comparison.compare(*map(report_path, options.reports))
         if options.markdown:
             write_text(options.markdown, comparison.markdown(found, (first, second)))
     except EvidenceError as error:
@@ -385,11 +432,6 @@ def _compare(options: argparse.Namespace) -> int:
         return _say(*_disk(error))
     show_comparison(found, (first, second))
     return 0
-
-
-def _report(path: Path) -> Path:
-    """Return the report in a folder, or the one that is named."""
-    return path / "report.json" if path.is_dir() else path
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.metrics import METRICS
 from benchmarks.outcomes import Fidelity, fidelity
-from pipeline import gate, judging
-from pipeline.gate import EvidenceError
+from pipeline import judging, quality
+from pipeline.evidence import EvidenceError
 from pipeline.reading import stage_names
 from pipeline.report import Check, busy_note, markdown_table, shape, step_words, table
 
@@ -197,13 +197,13 @@ def _paired(
     if not all((path.parent / judging.EVIDENCE).is_dir() for path in paths):
         return None, None
     a, b = (
-        judging.outcomes(path, report["evidence"]["candidate"], "candidate")
+        judging.outcomes(path, "candidate", report["evidence"]["candidate"])
         for path, report in zip(paths, reports, strict=True)
     )
     name = reports[0]["stages"][0]["score"]["metric"]
     metric = METRICS[name]
     none = 1.0 if metric.kind == "perplexity" else 0.0
-    score = gate.check_score(name, a.columns, b.columns, allowed=none, confidence=CONFIDENCE)
+    score = quality.check_score(name, a.columns, b.columns, allowed=none, confidence=CONFIDENCE)
     right = (lambda c: np.asarray(metric.function(c)) > 0) if metric.kind == "binary" else None
     return score, fidelity(a, b, right)
 

@@ -6,55 +6,115 @@ verdict follows from these and from the report's numbers alone, the same one eve
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
 from benchmarks.outcomes import Outcomes
 from pipeline import gate
 from pipeline.budget import Budget
-from pipeline.gate import EvidenceError
+from pipeline.evidence import Evidence, EvidenceError
 from pipeline.manifest import file_hash
 from pipeline.report import READ, Report, Stage
 
 EVIDENCE: Final = "evidence"
 """The folder beside report.json."""
 SIDES: Final = ("baseline", "candidate")
+SLICES: Final = "slices"
 
 
-def keep(folder: Path, baseline: Outcomes, candidate: Outcomes) -> None:
-    """Write the outcomes into a folder."""
-    for side, outcomes in zip(SIDES, (baseline, candidate), strict=True):
+def keep(folder: Path, evidence: Evidence) -> None:
+    """Write the outcomes into a folder, and into which slices their examples fall."""
+    for side, outcomes in zip(SIDES, (evidence.baseline, evidence.candidate), strict=True):
         outcomes.save(folder / _name(side))
+    if evidence.slices:
+        text = json.dumps(dict(evidence.slices), indent=0, ensure_ascii=False)
+        (folder / _name(SLICES)).write_text(text, encoding="utf-8")
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of what `keep` wrote, by side."""
-    return {side: file_hash(folder / _name(side)) for side in SIDES}
+    """Return the sha256 of what `keep` wrote."""
+    names = (*SIDES, SLICES)
+    return {n: file_hash(folder / _name(n)) for n in names if (folder / _name(n)).is_file()}
 
 
-def judge_again(path: Path, budget: Budget | None = None) -> dict[str, Any]:
-    """Return the report at `path` with its verdict anew, against another budget if one is given.
+def judge_again(
+    path: Path, budget: Budget | None = None, released: Path | None = None
+) -> dict[str, Any]:
+    """Return the report at `path` with its verdict anew.
+
+    Args:
+        path: report.json.
+        budget: in place of that of the run's recipe.
+        released: the report of the last release, to be judged against, too.
 
     Raises:
-        EvidenceError: the report, or its outcomes, are missing, damaged, or not of one run.
+        EvidenceError: a report, or its outcomes, are missing, damaged, or not of one run.
     """
     report = read(path)
     limits = budget or _own(report, path)
-    baseline, candidate = (outcomes(path, report["evidence"][side], side) for side in SIDES)
-    _paired(baseline, candidate)
-    stages = TypeAdapter(tuple[Stage, ...]).validate_python(report["stages"])
-    metric = stages[-1].score.metric
-    checks = gate.checks(limits, metric, baseline.columns, candidate.columns, stages)
-    verdict = asdict(gate.judge(checks))
+    if released is not None:
+        limits = gate.against_released(limits, str(released))
+    evidence = _evidence(path, report)
+    verdict = asdict(gate.judge(gate.checks(limits, evidence, against(limits, evidence))))
     recipe = report["recipe"] | {"budget": limits.model_dump(mode="json")}
     again: dict[str, Any] = json.loads(
         json.dumps(report | {"recipe": recipe, "verdict": verdict}, allow_nan=False)
     )
     return again
+
+
+def against(budget: Budget, evidence: Evidence) -> Evidence | None:
+    """Return the candidate beside the artifact that was released last, if the budget names one.
+
+    Raises:
+        EvidenceError: its report is missing or damaged, was not released, or is of another task.
+    """
+    if budget.regression is None:
+        return None
+    path = report_path(Path(budget.regression.report))
+    report = read(path)
+    if report["verdict"].get("outcome") != "pass":
+        raise EvidenceError(
+            f"{path}: found the verdict {report['verdict'].get('outcome')}, expected that of a"
+            " release: pass"
+        )
+    other = _evidence(path, report)
+    if other.candidate.ids != evidence.candidate.ids:
+        raise EvidenceError(
+            f"{path}: found other gate examples than this run's, expected the same ones; run the"
+            " released recipe on these"
+        )
+    if tuple(other.labels) != tuple(evidence.labels):
+        raise EvidenceError(
+            f"{path}: found the labels {list(other.labels)}, expected {list(evidence.labels)}"
+        )
+    return replace(evidence, baseline=other.candidate, first=other.last)
+
+
+def report_path(path: Path) -> Path:
+    """Return the path of a report that is named by its file or its folder."""
+    return path / "report.json" if path.is_dir() else path
+
+
+def _evidence(path: Path, report: Mapping[str, Any]) -> Evidence:
+    """Return what the verdict of the report at `path` rests on."""
+    hashed = report["evidence"]
+    baseline, candidate = (outcomes(path, side, hashed[side]) for side in SIDES)
+    stages = TypeAdapter(tuple[Stage, ...]).validate_python(report["stages"])
+    try:
+        labels: Sequence[str] = report["data"]["labels"]
+        dedicated = report["recipe"]["target"].get("dedicated", False)
+    except (KeyError, TypeError, AttributeError):
+        raise EvidenceError(f"{path}: found no labels or no target, expected both") from None
+    slices = json.loads(_content(path, SLICES, hashed[SLICES])) if SLICES in hashed else {}
+    return Evidence(
+        baseline, candidate, stages[0], stages[-1], labels, slices, dedicated=dedicated is True
+    )
 
 
 def _own(report: Mapping[str, Any], path: Path) -> Budget:
@@ -96,15 +156,22 @@ def read(path: Path) -> dict[str, Any]:
     return report
 
 
-def outcomes(path: Path, expected: str, side: str) -> Outcomes:
+def outcomes(path: Path, side: str, expected: str) -> Outcomes:
     """Return what the gate's examples came to, of one of `SIDES` of the report at `path`.
 
-    The file is read once: what is compared with the `expected` hash is what is judged.
-
     Raises:
-        EvidenceError: they are not there, or not the report's.
+        EvidenceError: they are not there, or not those of the `expected` sha256.
     """
-    path = path.parent / EVIDENCE / _name(side)
+    content = _content(path, side, expected)
+    try:
+        return Outcomes.parse(content)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise EvidenceError(f"{path}: found no outcomes of the {side}: {error!r}") from None
+
+
+def _content(path: Path, name: str, expected: str) -> bytes:
+    """Return a file of the evidence, which is read once: what is compared is what is judged."""
+    path = path.parent / EVIDENCE / _name(name)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -113,15 +180,8 @@ def outcomes(path: Path, expected: str, side: str) -> Outcomes:
         ) from None
     if hashlib.sha256(content).hexdigest() != expected:
         raise EvidenceError(f"{path}: found other outcomes than the report's, expected those")
-    return Outcomes.parse(content)
+    return content
 
 
-def _paired(baseline: Outcomes, candidate: Outcomes) -> None:
-    if baseline.ids != candidate.ids:
-        raise EvidenceError("evidence: found other examples on one side, expected the same ones")
-    if len(set(baseline.ids)) != len(baseline.ids):
-        raise EvidenceError("evidence: found an example twice, expected each of them once")
-
-
-def _name(side: str) -> str:
-    return f"{side}.safetensors"
+def _name(part: str) -> str:
+    return f"{part}.json" if part == SLICES else f"{part}.safetensors"

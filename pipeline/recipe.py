@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
-from pipeline.budget import Budget
+from pipeline.budget import Budget, Limits, Regression, Slices
 from pipeline.mistakes import explain
 from pipeline.quantization import METHODS
 from pipeline.reading import Positive, RecipeError, Strict, read_yaml, stage_names, unknown
@@ -107,6 +107,8 @@ class Target(Strict):
     """Turns of every artifact at every load; two calls a turn are counted."""
     seconds: Positive = 60.0
     """A load ends after this long, even with fewer rounds."""
+    dedicated: bool = False
+    """Whether nothing else runs there: absolute limits are judged on such a target alone."""
 
 
 class Recipe(Strict):
@@ -300,21 +302,36 @@ def _missing_data(recipe: Recipe, step: Prune | Finetune | Quantize, where: str)
     yield from _limit_mistakes(recipe, step, where)
 
 
-def _limit_mistakes(recipe: Recipe, limits: Limited | Budget, where: str) -> Iterator[str]:
+def _limit_mistakes(recipe: Recipe, limits: Limited | Limits | Slices, where: str) -> Iterator[str]:
     kind = recipe.task.kind
-    higher_is_better = METRICS[recipe.task.metric or TASKS[kind].metrics[0]].higher_is_better
-    if limits.max_drop is not None and not higher_is_better:
-        text = "perplexity grows when it gets worse, expected max_perplexity_ratio"
-        yield f"{where}.max_drop: {text}"
+    name = recipe.task.metric or TASKS[kind].metrics[0]
+    higher_is_better = METRICS[name].higher_is_better
+    for key in ("max_drop", "max_relative_drop"):
+        if getattr(limits, key, None) is not None and not higher_is_better:
+            text = "perplexity grows when it gets worse, expected max_perplexity_ratio"
+            yield f"{where}.{key}: {text}"
     if limits.max_perplexity_ratio is not None and higher_is_better:
         yield f"{where}.max_perplexity_ratio: {kind} has no perplexity, expected max_drop"
+    if getattr(limits, "max_flips", None) is not None and METRICS[name].kind != "binary":
+        yield f"{where}.max_flips: {name} does not call an example right or wrong; leave it out"
+    if getattr(limits, "max_kl", None) is not None and not TASKS[kind].labelled:
+        yield f"{where}.max_kl: {kind} has no class probabilities; leave it out"
 
 
 def _budget_mistakes(recipe: Recipe) -> Iterator[str]:
     budget = recipe.budget
-    if not budget.model_dump(exclude={"confidence"}, exclude_none=True):
+    if budget.empty:
         yield "budget: found no limit, expected at least one, such as max_drop"
     yield from _limit_mistakes(recipe, budget, "budget")
+    for part in ("slices", "regression"):
+        if (limits := getattr(budget, part)) is not None:
+            yield from _limit_mistakes(recipe, limits, f"budget.{part}")
+    if not recipe.target.dedicated:
+        for name in budget.absolute:
+            yield (
+                f"budget.{name}: holds on a target that nothing else runs on, expected"
+                " target.dedicated: true, or a ratio"
+            )
 
 
 def _kinds() -> dict[str, list[type[BaseModel]]]:
@@ -324,5 +341,5 @@ def _kinds() -> dict[str, list[type[BaseModel]]]:
         "model": [Model],
         "task": [TaskSettings, Splits],
         "target": [Target, Load],
-        "budget": [Budget],
+        "budget": [Budget, Slices, Regression],
     }

@@ -107,7 +107,9 @@ class Report:
     """A whole run.
 
     `baseline` is the name of the stage that the others are compared with; `evidence` the sha256 of
-    the outcomes of the gate's examples that lie beside report.json, of `baseline` and `candidate`.
+    the outcomes of the gate's examples that lie beside report.json, of `baseline` and `candidate`,
+    and of the `slices` that they fall into, if there are any. `ledger` holds the fingerprint of
+    these examples, and the digests of all candidates that they have judged, this one too.
     """
 
     recipe: Mapping[str, Any]
@@ -118,6 +120,7 @@ class Report:
     verdict: Verdict
     artifact: str
     evidence: Mapping[str, str] = field(default_factory=dict)
+    ledger: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -188,6 +191,17 @@ def shape(load: Mapping[str, Any]) -> str:
 
 BUSY: Final = 0.2
 """The share of time waited for a core above which a machine counts as busy."""
+
+
+def uses_note(report: Mapping[str, Any]) -> str:
+    """Return a warning if the gate split has judged other candidates, too, else nothing."""
+    count = len(report.get("ledger", {}).get("candidates", ()))
+    if count < 2:  # noqa: PLR2004
+        return ""
+    return (
+        f"the gate split has judged {count} candidates: the best of several passes it more often"
+        " than it should; choose on the selection split, and judge once"
+    )
 
 
 def busy_note(report: Mapping[str, Any]) -> str:
@@ -312,6 +326,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["", stage_table(report), ""]
     if note := busy_note(report):
         lines += [f"**{note}**", ""]
+    if note := uses_note(report):
+        lines += [note, ""]
     lines += [f"Speedup and flips against `{report['baseline']}`. {evidence(report)}", ""]
     lines += ["<details><summary>What each stage did</summary>", ""]
     for stage in report["stages"]:

@@ -8,14 +8,28 @@ all artifacts are measured on the target, and the gate judges the last against t
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from benchmarks.accuracy import Track, silent
 from exporters import tensorrt
-from pipeline import artifact, bnb, ci, gate, judging, openers, processes, schedules, sources, steps
+from pipeline import (
+    artifact,
+    bnb,
+    ci,
+    gate,
+    judging,
+    ledger,
+    openers,
+    processes,
+    schedules,
+    sources,
+    steps,
+)
+from pipeline.evidence import Evidence
 from pipeline.page import page
 from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
@@ -52,6 +66,7 @@ def run(
         DataError: the data are not what the recipe says.
         ModelError: the model is missing, damaged, or not fit for the task.
         Unavailable, NotHere, MissingDependency: this machine lacks the target or a package.
+        EvidenceError: what was measured is not fit to judge on.
         WorkerError, TrainingError, ExportError, QuantizationError, OSError: a stage failed.
     """
     if output is None:
@@ -61,17 +76,21 @@ def run(
         recipe = Recipe.from_yaml(recipe)
     check_target(recipe)
     work = Work(recipe, output, fresh=fresh, track=track)
+    if recipe.budget.regression is not None:  # that it is there is known before the first step
+        judging.read(judging.report_path(Path(recipe.budget.regression.report)))
     artifacts = _compress(work)[recipe.baseline_at :]
     measured = measure(work, artifacts)
-    verdict = gate.judge(
-        gate.checks(
-            recipe.budget,
-            work.metric,
-            measured.baseline.columns,
-            measured.candidate.columns,
-            measured.stages,
-        )
+    evidence = Evidence(
+        measured.baseline,
+        measured.candidate,
+        measured.stages[0],
+        measured.stages[-1],
+        work.labels,
+        work.slices,
+        dedicated=recipe.target.dedicated,
     )
+    released = judging.against(recipe.budget, evidence)
+    verdict = gate.judge(gate.checks(recipe.budget, evidence, released))
     last = artifacts[-1]
     passed = verdict.outcome == "pass"
     report = Report(
@@ -90,12 +109,12 @@ def run(
     )
     if not processes.leads():
         return report
-    publish(
-        partial(judging.keep, baseline=measured.baseline, candidate=measured.candidate),
-        output / judging.EVIDENCE,
-        {},
+    publish(partial(judging.keep, evidence=evidence), output / judging.EVIDENCE, {})
+    report = replace(
+        report,
+        evidence=judging.hashes(output / judging.EVIDENCE),
+        ledger=ledger.record(output, measured.candidate.ids, measured.digest),
     )
-    report = replace(report, evidence=judging.hashes(output / judging.EVIDENCE))
     text = report.to_json()
     content = json.loads(text)
     files = {"report.json": text, "report.md": markdown(content), "report.html": page(content)}
@@ -106,6 +125,7 @@ def run(
             "source": sources.identity(work.source, recipe.model.revision),
             "machine": report.machine,
             "verdict": asdict(verdict),
+            "ledger": report.ledger,
             "measured": measured.stages[-1].details.get("measured"),  # if it is not all of this
         }
         publish(
@@ -123,8 +143,16 @@ def default_output(recipe: str | Path) -> Path:
     return Path("runs", Path(recipe).stem)
 
 
-def check(recipe: Recipe, *, track: Track = silent) -> dict[str, int]:
-    """Return the number of examples of every split, after all that is checked before a step.
+@dataclass(frozen=True)
+class Data:
+    """The number of examples of every split, of the gate as the model sees them, and its slices."""
+
+    splits: Mapping[str, int]
+    slices: Mapping[str, int]
+
+
+def check(recipe: Recipe, *, track: Track = silent) -> Data:
+    """Return how many examples there are, after all that is checked before a step.
 
     Raises:
         DataError: the data are not what the recipe says.
@@ -134,7 +162,9 @@ def check(recipe: Recipe, *, track: Track = silent) -> dict[str, int]:
     check_target(recipe)
     with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
         work = Work(recipe, Path(folder), fresh=False, track=track)
-    return {name: len(rows) for name, rows in work.rows.items()}
+        splits = {name: len(rows) for name, rows in work.rows.items()}
+        slices = Counter(value for values in work.slices.values() for value in values)
+        return Data(splits | {"gate": len(work.examples("gate"))}, slices)
 
 
 def check_target(recipe: Recipe) -> None:

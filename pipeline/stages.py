@@ -37,12 +37,14 @@ NOT_RUN: Final = (
 class Measured:
     """The stages from the baseline on, and the outcomes of the first and the last of them.
 
-    `pressure` is how busy the machine was before and after the speed was measured.
+    `digest` is that of the last one's files, `pressure` how busy the machine was before and after
+    the speed was measured.
     """
 
     stages: tuple[Stage, ...]
     baseline: Outcomes
     candidate: Outcomes
+    digest: str
     pressure: dict[str, list[float | None]]
 
 
@@ -60,7 +62,8 @@ def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
             loads=_loads(bench, alone, together.latencies, digests),
         )
         stages.append(replace(stage, gain_note=_gain_note(stages[-1], stage)) if stages else stage)
-    return Measured(tuple(stages), found[0].outcomes, found[-1].outcomes, together.pressure)
+    first, last = found[0].outcomes, found[-1].outcomes
+    return Measured(tuple(stages), first, last, running[-1].digest, together.pressure)
 
 
 def _running(work: Work, artifact: Artifact) -> Entry:

@@ -16,9 +16,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # what takes long to import
+    from pipeline.budget import Budget
     from pipeline.comparison import Comparison
     from pipeline.inspection import Inspection
+    from pipeline.power import Plan
 
 T = TypeVar("T")
 
@@ -32,7 +34,7 @@ def show_report(text: str, folder: Path) -> None:
     """Show the table of stages, the checks and the verdict of report.json."""
     import json
 
-    from pipeline.report import busy_note, notes, table
+    from pipeline.report import busy_note, notes, table, uses_note
 
     report = json.loads(text)
     out.print()
@@ -40,8 +42,9 @@ def show_report(text: str, folder: Path) -> None:
     for stage in report["stages"]:
         if lines := notes(stage):
             out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
-    if note := busy_note(report):
-        out.print(f"[yellow]{note}[/]")
+    for note in (busy_note(report), uses_note(report)):
+        if note:
+            out.print(f"[yellow]{note}[/]", soft_wrap=True)
     out.print()
     show_verdict(report)
     outcome = report["verdict"]["outcome"]
@@ -92,6 +95,54 @@ def show_verdict(report: Mapping[str, Any]) -> None:
         out.print(f"  [{COLOURS[check['outcome']]}]{escape(check_line(check))}[/]", soft_wrap=True)
     outcome = verdict["outcome"]
     out.print(f"[bold {COLOURS[outcome]}]{outcome}[/] against {report['baseline']}")
+
+
+def show_plans(budget: "Budget", metric: str, examples: int, slices: Mapping[str, int]) -> bool:
+    """Show what so many examples can decide, and return whether all of it can be."""
+    from pipeline import power
+
+    plans = power.plans(budget, metric, examples)
+    for plan in plans:
+        _show_plan(plan)
+    if not plans:
+        out.print("  no limit of the score: the number of examples decides nothing")
+    decided = not any(plan.hopeless for plan in plans)
+    if budget.slices:
+        least = power.least(budget.slices, budget.confidence)
+        decided &= _show_slices(budget.slices.column, slices, least)
+    return decided
+
+
+def _show_plan(plan: "Plan") -> None:
+    documents = plan.limit == "max_perplexity_ratio"
+    differ = "spread" if documents else "flipped"
+    out.print(
+        f"  {plan.limit} {plan.allowed:g}, {plan.examples:,} examples, confidence"
+        f" {plan.confidence:g}; if nothing is lost in truth:",
+        soft_wrap=True,
+    )
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (f"    {differ}", "a pass in", "examples for 80 %"):
+        rows.add_column(name, justify="right", no_wrap=True)
+    for row in plan.rows:
+        share = f"{row.differ:g}" if documents else f"{row.differ:.0%}"
+        rows.add_row(share, f"{row.chance:.0%}", f"{row.needed:,}")
+    out.print(rows)
+    if plan.hopeless:
+        more = plan.least - plan.examples
+        out.print(
+            f"  [yellow]too few: equal outcomes pass with {plan.least:,} examples or more,"
+            f" {more:,} more; what passes with fewer is luck[/]",
+            soft_wrap=True,
+        )
+
+
+def _show_slices(column: str, sizes: Mapping[str, int], least: int) -> bool:
+    out.print(escape(f"  slices of {column}, each needs {least:,} examples or more:"))
+    for value, size in sorted(sizes.items()):
+        few = size < least
+        out.print(escape(f"    {value}: {size:,}{', too few' * few}"), style="yellow" * few)
+    return all(size >= least for size in sizes.values())
 
 
 def show_parts(found: "Inspection") -> None:

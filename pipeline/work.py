@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import machine
 from benchmarks.accuracy import Track, once
-from benchmarks.data import WANTED, Row
+from benchmarks.data import SLICE, WANTED, Row
 from benchmarks.data import load as load_data
 from benchmarks.examples import Array, Arrays, Example, collate, padding, with_decoder_inputs
 from benchmarks.machine import Unavailable
@@ -46,6 +46,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "__main__.py",
         "artifact.py",
         "bench.py",
+        "budget.py",
         "candidates.py",
         "card.py",
         "cells.py",
@@ -55,14 +56,20 @@ _WITHOUT_EFFECT: Final = frozenset(
         "conversion.py",
         "doctor.py",
         "drawing.py",
+        "evidence.py",
+        "exact.py",
         "gate.py",
         "hub.py",
         "infer.py",
+        "intervals.py",
         "judging.py",
+        "ledger.py",
         "markup.py",
         "mistakes.py",
         "page.py",
         "plots.py",
+        "power.py",
+        "quality.py",
         "rebuilding.py",
         "recipe.py",
         "register_secateur.py",
@@ -127,6 +134,7 @@ class Work:
             splits=recipe.task.splits.model_dump(exclude_none=True),
             columns=self._columns(),
             overlap=recipe.task.overlap,
+            slice_column=recipe.budget.slices.column if recipe.budget.slices else None,
         )
         self.rows = once(track, "reading data", read)
         self.labels = self._label_names()
@@ -163,6 +171,15 @@ class Work:
         """Return the fingerprint of a split's content and of how it is seen."""
         settings = [self.recipe.task.kind, self.recipe.task.max_length, list(self.labels)]
         return fingerprint([settings, [_plain(row) for row in self.rows[split]]])
+
+    @property
+    def slices(self) -> dict[str, list[str]]:
+        """Return the value of every gate example in the column that the budget cuts them by."""
+        if self.recipe.budget.slices is None:
+            return {}
+        values = {row["id"]: str(row[SLICE]) for row in self.rows["gate"]}
+        found = [values[example.id] for example in self.examples("gate")]
+        return {self.recipe.budget.slices.column: found}
 
     @cached_property
     def _shifter(self) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -397,8 +397,18 @@ def other_task(folder: Path, kind: str, family: str, **changes: object) -> dict[
         "steps": [{"step": "prune", "heads": 0.25, "neurons": 0.25},
                   {"step": "finetune", "teacher": "original", "hidden_weight": 0.1},
                   {"step": "quantize"}],
-        "budget": {"max_drop": 0.9},
+        "budget": {"max_drop": 0.9, "baseline_floor": -1.0},
     }  # fmt: skip
+
+
+def classified(wrong: int, mended: int, examples: int) -> tuple[dict, dict]:
+    """Return columns of baseline and candidate that differ so; what is not said is right."""
+    label = np.arange(examples) % 2
+    baseline, candidate = label.copy(), label.copy()
+    candidate[:wrong] = 1 - label[:wrong]
+    lost = slice(wrong, wrong + mended)
+    baseline[lost] = 1 - label[lost]
+    return {"label": label, "prediction": baseline}, {"label": label, "prediction": candidate}
 
 
 def multiplying(weight: np.ndarray) -> onnx.ModelProto:
@@ -428,7 +438,7 @@ def built_ahead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]
             {"step": "quantize", "method": "int8-static", "portable": True},
             {"step": "export", "format": "tensorrt", "compute_capabilities": [8.6]},
         ],
-        budget={"max_drop": 0.9},
+        budget={"max_drop": 0.9, "baseline_floor": -1.0},
     )
     return folder, run(path, folder / "out")
 

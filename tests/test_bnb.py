@@ -235,7 +235,9 @@ def test_layers_that_do_not_fit_avx512_compute_all_the_same(saved, monkeypatch):
 
 
 def recipe(folder, steps, **target):
-    path = write_recipe(folder, baseline="original", steps=steps, budget={"max_drop": 0.9})
+    path = write_recipe(
+        folder, baseline="original", steps=steps, budget={"max_drop": 0.9, "baseline_floor": -1.0}
+    )
     content = yaml.safe_load(path.read_text())
     content["target"] |= target
     content["task"]["splits"]["gate"] = "train[800:864]"

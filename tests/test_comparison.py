@@ -13,6 +13,7 @@ from reports import content, inconclusive, passed
 
 from benchmarks.outcomes import Outcomes
 from pipeline.comparison import compare, results, warnings
+from pipeline.evidence import Evidence
 from pipeline.gate import EvidenceError
 from pipeline.judging import EVIDENCE, hashes, keep
 
@@ -33,7 +34,7 @@ def outcomes(wrong: range) -> Outcomes:
 def write(folder: Path, report: dict, wrong: range = range(200)) -> Path:
     """Write a report whose result is wrong in a range of the examples, and its evidence."""
     (folder / EVIDENCE).mkdir(parents=True)
-    keep(folder / EVIDENCE, outcomes(range(180)), outcomes(wrong))
+    keep(folder / EVIDENCE, Evidence(outcomes(range(180)), outcomes(wrong), None, None))
     path = folder / "report.json"
     path.write_text(json.dumps(report | {"evidence": hashes(folder / EVIDENCE)}))
     return path

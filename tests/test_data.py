@@ -77,6 +77,28 @@ def test_slices_are_those_of_datasets(tmp_path):
     assert found["gate"][-1]["text"] == ROWS[-1][0]
 
 
+def test_the_gate_has_every_example_once(tmp_path):
+    path = write_rows(tmp_path / "data.csv", [*ROWS, ROWS[3], (ROWS[5][0], 1 - ROWS[5][1])])
+    with pytest.raises(DataError, match="gate holds 2 of 22 examples again, expected each of them"):
+        read(path)
+    found = read(path, overlap="drop")["gate"]
+    assert [(row["text"], row["label"]) for row in found] == ROWS
+    assert len(read(path, {"train": "train", "gate": "train[:10]"}, overlap="drop")["gate"]) == 10
+
+
+def test_a_slice_is_read_of_the_gate_alone_and_changes_no_id(tmp_path):
+    rows = [f"{text},{label},{'long' if len(text) > 40 else 'short'}" for text, label in ROWS]
+    (tmp_path / "gate.csv").write_text("\n".join(["text,label,kind", *rows]))
+    options = {"subset": None, "splits": {"gate": "train"}, "overlap": "error",
+               "columns": {"text": "text", "label": "label"}}  # fmt: skip
+    plain = load(str(tmp_path / "gate.csv"), **options)["gate"]
+    cut = load(str(tmp_path / "gate.csv"), **options, slice_column="kind")["gate"]
+    assert {row["slice"] for row in cut} == {"long", "short"}
+    assert [row["id"] for row in cut] == [row["id"] for row in plain]
+    with pytest.raises(DataError, match="expected 'size' for the slice; name it under budget"):
+        load(str(tmp_path / "gate.csv"), **options, slice_column="size")
+
+
 def test_shared_examples_are_refused_or_dropped_from_the_less_protected(tmp_path):
     path = write_rows(tmp_path / "data.csv", ROWS)
     splits = {"train": "train[:10]", "gate": "train[8:]"}

@@ -180,7 +180,7 @@ def recipe(folder, **goal):
     path = write_recipe(folder)
     content = yaml.safe_load(path.read_text())
     content["baseline"] = "original"
-    content["budget"] = {"max_drop": 0.99}
+    content["budget"] = {"max_drop": 0.99, "baseline_floor": -1.0}
     content["steps"] = [{"step": "prune", "goal": {"search": 3} | goal}]
     path.write_text(yaml.safe_dump(content))
     return path

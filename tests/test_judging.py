@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -14,8 +15,8 @@ from conftest import secateur, write_recipe
 from benchmarks.outcomes import Outcomes
 from pipeline import ci
 from pipeline.budget import Budget
-from pipeline.gate import EvidenceError
-from pipeline.judging import hashes, judge_again, keep
+from pipeline.evidence import EvidenceError
+from pipeline.judging import hashes, judge_again
 from pipeline.reading import RecipeError
 from pipeline.runner import run
 
@@ -36,10 +37,15 @@ def ran(tmp_path_factory):
 
 @pytest.fixture
 def report(ran, tmp_path):
+    return copy(ran / "report.json", tmp_path)
+
+
+def copy(report, folder):
+    """Return a copy of a report and its evidence in a folder."""
     for name in ("evidence/baseline.safetensors", "evidence/candidate.safetensors", "report.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes((ran / name).read_bytes())
-    return tmp_path / "report.json"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((report.parent / name).read_bytes())
+    return folder / "report.json"
 
 
 def edit(path, **changes):
@@ -88,7 +94,7 @@ def test_another_budget_has_another_verdict(report):
 
 
 def test_a_limit_of_another_metric_is_refused(report):
-    with pytest.raises(EvidenceError, match="found max_perplexity_ratio, expected max_drop"):
+    with pytest.raises(EvidenceError, match="found max_perplexity_ratio, expected max_drop or"):
         judge_again(report, Budget(max_perplexity_ratio=1.1))
 
 
@@ -121,65 +127,180 @@ def test_a_run_leaves_junit(ran):
     assert [case.get("name") for case in cases] == [check["what"] for check in checks]
 
 
-def other_outcomes(report):
-    path = report.parent / "evidence" / "candidate.safetensors"
-    found = Outcomes.load(path)
-    right = found.columns | {"prediction": found.columns["label"]}
-    Outcomes(found.ids, right, found.decisions, found.log_probabilities).save(path)
-
-
-def other_examples(report):
-    other_outcomes_of(report, lambda ids: ids[::-1])
-
-
-def an_example_twice(report):
-    other_outcomes_of(report, lambda ids: (ids[0], *ids[:-1]), sides=("baseline", "candidate"))
-
-
-def other_outcomes_of(report, change, sides=("candidate",)):
+def change_outcomes(report, change, sides=("baseline", "candidate")):
+    """Put other outcomes beside a report that vouches for them."""
     folder = report.parent / "evidence"
-    found = {s: Outcomes.load(folder / f"{s}.safetensors") for s in ("baseline", "candidate")}
     for side in sides:
-        o = found[side]
-        found[side] = Outcomes(change(o.ids), o.columns, o.decisions, o.log_probabilities)
-    keep(folder, found["baseline"], found["candidate"])
+        path = folder / f"{side}.safetensors"
+        change(Outcomes.load(path)).save(path)
     edit(report, evidence=hashes(folder))
 
 
-def nan(report):
-    folder = report.parent / "evidence"
-    found = {s: Outcomes.load(folder / f"{s}.safetensors") for s in ("baseline", "candidate")}
-    o = found["candidate"]
-    wrong = o.columns | {"prediction": np.full(len(o.ids), np.nan)}
-    keep(folder, found["baseline"], Outcomes(o.ids, wrong, o.decisions, o.log_probabilities))
-    edit(report, evidence=hashes(folder))
+def columns(**changed):
+    """Return a change of columns: each a function of the outcomes, or None to leave it out."""
+
+    def change(found):
+        new = {name: make(found) for name, make in changed.items() if make}
+        kept = {name: found.columns[name] for name in found.columns if name not in changed}
+        return replace(found, columns=kept | new)
+
+    return change
 
 
+def constant(found):
+    return np.full(len(found.ids), found.columns["label"][0])
+
+
+def without_examples(found):
+    none = {name: values[:0] for name, values in found.columns.items()}
+    return Outcomes((), none, found.decisions[:0], found.log_probabilities[:0], found.lengths[:0])
+
+
+def with_nan(found):
+    return replace(found, log_probabilities=np.full_like(found.log_probabilities, np.nan))
+
+
+def wrong_everywhere(found):
+    return replace(found, columns=found.columns | {"prediction": 1 - found.columns["label"]})
+
+
+def better(report):
+    path = report.parent / "evidence" / "candidate.safetensors"
+    columns(prediction=lambda o: o.columns["label"])(Outcomes.load(path)).save(path)
+
+
+def edit_stage(report, at, **changes):
+    stages = json.loads(report.read_text())["stages"]
+    stages[at] |= changes
+    edit(report, stages=stages)
+
+
+def edit_score(report, **changes):
+    score = json.loads(report.read_text())["stages"][-1]["score"]
+    edit_stage(report, -1, score=score | changes)
+
+
+def edit_load(report, **changes):
+    load = json.loads(report.read_text())["stages"][-1]["loads"][0]
+    edit_stage(report, -1, loads=[load | changes])
+
+
+def garbage(report):
+    (report.parent / "evidence" / "candidate.safetensors").write_bytes(b"no outcomes")
+    edit(report, evidence=hashes(report.parent / "evidence"))
+
+
+def few_slices(report):
+    (report.parent / "evidence" / "slices.json").write_text('{"genre": ["play"]}')
+    edit(report, evidence=hashes(report.parent / "evidence"))
+
+
+DROP = {"max_drop": 0.9}
+GENRE = DROP | {"slices": {"column": "genre", "max_drop": 0.5}}
 BAD = {
-    "no report": (lambda r: r.unlink(), "report.json: no such file"),
-    "no json": (lambda r: r.write_text("{"), "report.json: cannot be read"),
-    "a list": (lambda r: r.write_text("[]"), "found the schema list, expected 2 or 3"),
-    "another schema": (lambda r: edit(r, schema=1), "found the schema 1, expected 2 or 3"),
-    "no stages": (lambda r: edit(r, stages=[]), "found nothing under stages"),
-    "one side": (lambda r: edit(r, evidence={"baseline": "0"}), "nothing under evidence.candidate"),
-    "no budget": (lambda r: edit(r, recipe={"task": {}}), "found no budget in its recipe"),
-    "a stage of another form": (
-        lambda r: edit(r, stages=[{"name": "x"}]), "stages.0.step: Field required"),
-    "no outcomes": (
-        lambda r: (r.parent / "evidence" / "candidate.safetensors").unlink(), "belongs beside"),
-    "better outcomes": (other_outcomes, "found other outcomes than the report's"),
-    "other examples": (other_examples, "found other examples on one side"),
-    "an example twice": (an_example_twice, "found an example twice"),
-    "NaN": (nan, "found NaN or infinity in 'prediction'"),
+    "no report": (lambda r: r.unlink(), "report.json: no such file", DROP),
+    "no json": (lambda r: r.write_text("{"), "report.json: cannot be read", DROP),
+    "a list": (lambda r: r.write_text("[]"), "found the schema list, expected 2", DROP),
+    "another schema": (lambda r: edit(r, schema=1), "found the schema 1, expected 2", DROP),
+    "no stages": (lambda r: edit(r, stages=[]), "found nothing under stages", DROP),
+    "one side": (lambda r: edit(r, evidence={"baseline": "0"}),
+                 "nothing under evidence.candidate", DROP),
+    "no budget": (lambda r: edit(r, recipe={"task": {}}), "found no budget in its recipe", None),
+    "no target": (lambda r: edit(r, recipe={"task": {}}), "found no labels or no target", DROP),
+    "no labels": (lambda r: edit(r, data={}), "found no labels or no target", DROP),
+    "a stage of another form": (lambda r: edit(r, stages=[{"name": "x"}]), "stages.0.step: Field",
+                                DROP),
+    "no outcomes": (lambda r: (r.parent / "evidence" / "candidate.safetensors").unlink(),
+                    "belongs beside", DROP),
+    "better outcomes": (better, "found other outcomes than the report's", DROP),
+    "outcomes that are none": (garbage, "found no outcomes of the candidate", DROP),
+    "other examples": (lambda r: change_outcomes(r, lambda o: replace(o, ids=o.ids[::-1]),
+                                                 ["candidate"]),
+                       "found other examples on one side", DROP),
+    "an example twice": (lambda r: change_outcomes(r, lambda o: replace(o, ids=(
+        o.ids[0], *o.ids[:-1]))), "found an example twice", DROP),
+    "fewer examples": (lambda r: change_outcomes(r, lambda o: replace(o, ids=o.ids[1:])),
+                       "values, expected 599", DROP),
+    "no examples": (lambda r: change_outcomes(r, without_examples), "found no examples", DROP),
+    "NaN": (lambda r: change_outcomes(r, columns(prediction=lambda o: np.full(len(o.ids), np.nan)),
+                                      ["candidate"]),
+            "found NaN or infinity in 'prediction'", DROP),
+    "NaN in the probabilities": (lambda r: change_outcomes(r, with_nan, ["candidate"]),
+                                 "KL: found other classes, NaN", {"max_kl": 9.0}),
+    "a column less": (lambda r: change_outcomes(r, columns(prediction=None), ["candidate"]),
+                      "expected the same", DROP),
+    "no predictions": (lambda r: change_outcomes(r, columns(prediction=None)),
+                       "no accuracy of these outcomes", DROP),
+    "other labels": (lambda r: change_outcomes(r, columns(label=constant), ["candidate"]),
+                     "found other values of 'label'", DROP),
+    "a class that is no label": (lambda r: change_outcomes(
+        r, columns(prediction=lambda o: o.columns["prediction"] + 5)),
+        "expected those of 2 labels", DROP),
+    "an unknown metric": (lambda r: edit_score(r, metric="accurracy"), "expected one metric", DROP),
+    "another metric": (lambda r: edit_score(r, metric="macro_f1"), "expected one metric", DROP),
+    "a better score": (lambda r: edit_score(r, value=1.5), "expected the report's 1.5", DROP),
+    "other numbers of examples": (lambda r: edit_score(r, examples=10), "expected 10", DROP),
+    "a score of NaN": (lambda r: edit_score(r, value=float("nan")), "expected the report's nan",
+                       DROP),
+    "a baseline that guesses": (lambda r: change_outcomes(r, wrong_everywhere),
+                                "found outcomes with accuracy 0", DROP),
+    "a size of NaN": (lambda r: edit_stage(r, -1, size_bytes=float("nan")), "stages.1.size_bytes: Input",
+                      {"max_size": 9.0}),
+    "no peak memory": (lambda r: edit_stage(r, -1, memory={}), "peak memory: found no measurement",
+                       {"max_memory": 9.0}),
+    "half a speedup": (lambda r: edit_load(r, speedup={"value": 9.0}), "speedup.low: Field required",
+                       {"min_speedup": 0.1}),
+    "no loads": (lambda r: edit_stage(r, -1, loads=[]), "found no loads", {"min_speedup": 0.1}),
+    "a machine that is shared": (lambda r: None, "which hold on a target that nothing else",
+                                 {"max_p50_ms": 1e9}),
+    "no slices": (lambda r: None, "found no column 'genre' in the evidence", GENRE),
+    "too few slices": (few_slices, "found 1 values of 'genre', expected 600", GENRE),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_evidence_is_an_error_and_never_a_pass(report, name):
-    change, message = BAD[name]
+    change, message, limits = BAD[name]
     change(report)
     with pytest.raises(EvidenceError, match=message):
-        judge_again(report)
+        judge_again(report, Budget(**limits) if limits else None)
+
+
+def test_the_last_release_is_compared_example_by_example(report, tmp_path):
+    old = copy(report, tmp_path / "old")
+    passes = json.loads(old.read_text())["verdict"] | {"outcome": "pass"}
+    edit(old, verdict=passes)
+    found = judge_again(report, Budget(max_drop=0.2), old)
+    assert [(check["what"], check["outcome"]) for check in found["verdict"]["checks"]] == [
+        ("accuracy drop", "pass"),
+        ("accuracy drop against released", "pass"),
+    ]
+    assert found["verdict"]["checks"][1]["estimate"] == 0.0
+    named = Budget(max_drop=0.2, regression={"report": str(old.parent), "max_drop": 0.1})
+    assert judge_again(report, named)["verdict"]["checks"][1]["allowed"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda r: edit(r, verdict={"outcome": "fail", "checks": []}),
+            "found the verdict fail, expected that",
+        ),
+        (lambda r: r.unlink(), "no such file"),
+        (lambda r: edit(r, data={"labels": ["1", "0"]}), "found the labels"),
+        (
+            lambda r: change_outcomes(r, lambda o: replace(o, ids=tuple(i[::-1] for i in o.ids))),
+            "found other gate examples than this run's",
+        ),
+    ],
+)
+def test_a_release_that_cannot_be_compared_is_an_error(report, tmp_path, change, message):
+    old = copy(report, tmp_path / "old")
+    edit(old, verdict={"outcome": "pass", "checks": []})
+    change(old)
+    with pytest.raises(EvidenceError, match=message):
+        judge_again(report, Budget(max_drop=0.2), old)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +335,16 @@ def test_a_summary_is_cut_where_github_would_refuse_it(ran, monkeypatch):
     text = ci.summary(content)
     assert len(text.encode()) <= 220
     assert text.endswith("(cut short)\n")
+
+
+def test_the_worst_is_annotated_first():
+    checks = [
+        {"what": what, "estimate": 1.0, "low": 1.0, "high": 1.0, "allowed": 0.5, "note": "",
+         "outcome": what, "at_least": False}
+        for what in ("pass", "inconclusive", "fail")
+    ]  # fmt: skip
+    lines = ci.annotations({"verdict": {"checks": checks}})
+    assert [line.split()[0] for line in lines] == ["::error", "::warning", "::notice"]
 
 
 def test_a_message_of_several_lines_stays_one_command():

@@ -351,7 +351,7 @@ def recipe(folder, calibration="train[700:800]", **quantize):
         folder,
         baseline="original",
         steps=[{"step": "quantize", **quantize}],
-        budget={"max_drop": 0.9},
+        budget={"max_drop": 0.9, "baseline_floor": -1.0},
     )
     content = yaml.safe_load(path.read_text())
     content["task"]["splits"] = splits | {"calibration": calibration}

@@ -192,7 +192,7 @@ def test_a_torch_target_needs_no_onnx(tmp_path):
         steps=steps,
         baseline="original",
         target={"runtime": "torch", "loads": [{"batch": 2, "sequence": 8}], "rounds": 6},
-        budget={"max_drop": 0.9},
+        budget={"max_drop": 0.9, "baseline_floor": -1.0},
     )
     report = run(path, tmp_path / "out")
     assert [stage.runtime for stage in report.stages] == ["torch", "torch"]

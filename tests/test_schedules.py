@@ -26,7 +26,7 @@ def recipe(folder, **prune):
     content = yaml.safe_load(path.read_text())
     content["task"]["splits"] = SPLITS
     content["target"]["runtime"] = "torch"
-    content["budget"] = {"max_drop": 0.9}
+    content["budget"] = {"max_drop": 0.9, "baseline_floor": -1.0}
     content["steps"] = [
         {"step": "finetune", "epochs": 6, "learning_rate": 2e-3},
         {"step": "prune", "finetune": TRAINING, **prune},
@@ -157,7 +157,7 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | without))
     content["target"]["runtime"] = "torch"
     content["baseline"] = "original"
-    content["budget"] = {"max_drop": 0.9}
+    content["budget"] = {"max_drop": 0.9, "baseline_floor": -1.0}
     training = {"epochs": 1, "batch_size": 31, "learning_rate": 1e-4}
     content["steps"] = [
         {"step": "prune", "heads": 0.25, "neurons": 0.25},

@@ -366,7 +366,7 @@ def test_an_engine_is_measured_itself_on_a_gpu(tmp_path):
             "rounds": 6,
         },
         steps=[{"step": "quantize", "method": "fp16"}, {"step": "export", "format": "tensorrt"}],
-        budget={"max_drop": 0.9},
+        budget={"max_drop": 0.9, "baseline_floor": -1.0},
     )
     report = run(path, tmp_path / "out")
     assert [stage.runtime for stage in report.stages] == ["tensorrt"] * 3
