@@ -21,9 +21,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporters.onnx.graph import EXTERNAL_BYTES, quiet, store
+from exporters.onnx.greedy import decoder_inputs
 from exporters.onnx.session import (
     Arrays,
-    decoder_inputs,
     feeder,
     files,
     inputs_of,
