@@ -18,7 +18,7 @@ import torch
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters import onnx, tensorrt
-from pipeline import artifact, bnb, ci, gate, judging, processes, schedules, sources, steps
+from pipeline import artifact, bnb, ci, gate, gptq, judging, processes, schedules, sources, steps
 from pipeline.page import page
 from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
@@ -145,14 +145,16 @@ def check_target(recipe: Recipe) -> None:
 
     Raises:
         Unavailable: no CUDA device where one is asked for.
-        MissingDependency: onnxruntime, TensorRT or bitsandbytes is asked for and not installed.
+        MissingDependency: a library that is asked for is not installed.
         NotHere: TensorRT cannot build on this machine what is asked for.
     """
     target = recipe.target
     for step in recipe.steps:
         if isinstance(step, Export) and step.format == "tensorrt":
             tensorrt.available(steps.engine_settings(step))
-        if isinstance(step, Quantize) and step.in_torch:
+        if isinstance(step, Quantize) and step.ends_the_chain:
+            gptq.require()
+        elif isinstance(step, Quantize) and step.in_torch:
             bnb.library()
     if target.runtime == "onnxruntime":
         providers = onnx.runtime().get_available_providers()
