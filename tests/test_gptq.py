@@ -18,6 +18,10 @@ from pipeline.quantization import QuantizationError
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runner import check_target
 
+pytestmark = [  # GPTQModel 7.6 leaves a folder of its own to the garbage collector
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 WIDTHS = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
 GPTQ = {"step": "quantize", "method": "gptq"}
 BLOCK = 32
