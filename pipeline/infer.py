@@ -72,7 +72,7 @@ class Model:
         return self.generation["decoder_inputs"](self._encoder, given)
 
     def generate(self, given: Arrays, tokens: int) -> list[int]:
-        """Return the new tokens behind those that are given `(1, T)`, which a cache stands for."""
+        """Return the most probable tokens behind those that are given `(1, T)`."""
         rules = self.generation["rules"](self.folder)
         if self._encoder is not None:
             first = self.generation["start"](self.folder, rules)
@@ -294,7 +294,11 @@ def main() -> None:
     items, pairs = options.items, None
     if options.pair:
         items, pairs = items[::2], items[1::2]
-    for answer in model(items, pairs):
+    try:
+        found = model(items, pairs)
+    except ValueError as error:
+        sys.exit(f"infer.py: {error}")
+    for answer in found:
         print(json.dumps(answer, ensure_ascii=False))  # noqa: T201
 
 

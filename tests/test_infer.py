@@ -1,6 +1,7 @@
 """infer.py of an artifact gives what torch and transformers give, of every task."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -139,6 +140,12 @@ def test_infer_writes_targets_as_torch_does(tmp_path, family):
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=artifact)
     assert ran.returncode == 0, ran.stderr
     assert [json.loads(line) for line in ran.stdout.splitlines()] == expected
+    rules = json.loads((artifact / "generation_config.json").read_text())
+    (artifact / "generation_config.json").write_text(json.dumps(rules | {"guidance_scale": 2.0}))
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=artifact)
+    assert ran.returncode == 1
+    assert re.fullmatch(r"infer.py: .*found guidance_scale, expected no such rule .*\n", ran.stderr)
+    (artifact / "generation_config.json").write_text(json.dumps(rules))
     assert verify(artifact).graphs == 4  # two, and Triton's copies
     opened = infer.Model(artifact)
     assert infer.golden(artifact, opened.run) <= 1e-5
