@@ -140,12 +140,13 @@ def test_infer_writes_targets_as_torch_does(tmp_path, family):
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=artifact)
     assert ran.returncode == 0, ran.stderr
     assert [json.loads(line) for line in ran.stdout.splitlines()] == expected
-    rules = json.loads((artifact / "generation_config.json").read_text())
-    (artifact / "generation_config.json").write_text(json.dumps(rules | {"guidance_scale": 2.0}))
+    text = (artifact / "generation_config.json").read_text()
+    rules = json.dumps(json.loads(text) | {"guidance_scale": 2.0})
+    (artifact / "generation_config.json").write_text(rules)
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=artifact)
     assert ran.returncode == 1
     assert re.fullmatch(r"infer.py: .*found guidance_scale, expected no such rule .*\n", ran.stderr)
-    (artifact / "generation_config.json").write_text(json.dumps(rules))
+    (artifact / "generation_config.json").write_text(text)
     assert verify(artifact).graphs == 4  # two, and Triton's copies
     opened = infer.Model(artifact)
     assert infer.golden(artifact, opened.run) <= 1e-5
