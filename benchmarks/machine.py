@@ -35,6 +35,8 @@ _PACKAGES = (
     "tokenizers",
     "datasets",
     "bitsandbytes",
+    "optimum",
+    "gptqmodel",
 )
 
 

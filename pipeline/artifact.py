@@ -4,6 +4,7 @@
     config.json, tokenizer.json ...
     inference.json      task, labels, and the session options that it was measured with
     infer.py            answers, with onnxruntime, numpy and tokenizers alone
+    greedy.py           how a model that generates does so
     golden.npz          inputs and the outputs that they gave here
     triton/             a model repository
     README.md           the model card, with the measured numbers
@@ -25,7 +26,7 @@ import numpy as np
 from benchmarks.examples import Arrays, collate
 from benchmarks.worker import Predictor
 from exporters import ExportError, onnx
-from exporters.onnx import sound, triton
+from exporters.onnx import greedy, sound, triton
 from exporters.onnx.session import CONFIG, PROVIDERS
 from pipeline import card, infer
 from pipeline.manifest import MANIFEST
@@ -67,7 +68,9 @@ def write(folder: Path, work: Work, last: Artifact, report: Mapping[str, Any]) -
     (folder / infer.SETTINGS).write_text(text, encoding="utf-8")
     if "session" in settings:
         _deploy(folder, work, settings)
-    (folder / "README.md").write_text(card.card(report, name(work), settings), encoding="utf-8")
+    answers = (folder / "infer.py").is_file()
+    text = card.card(report, name(work), settings, answers=answers)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,6 +112,8 @@ def _deploy(folder: Path, work: Work, settings: Mapping[str, Any]) -> None:
     if settings["task"] not in infer.ANSWERS or not (folder / told).is_file():
         return
     shutil.copyfile(infer.__file__, folder / "infer.py")
+    if work.task.reduction == "next_token":
+        shutil.copyfile(greedy.__file__, folder / "greedy.py")
     try_out(folder)
 
 
@@ -139,9 +144,7 @@ def _settings(work: Work, runtime: str) -> dict[str, Any]:
         "threads": work.threads,
     }
     if work.task.reduction == "next_token":
-        end = getattr(work.config, "eos_token_id", None)
-        end = [end] if isinstance(end, int) else list(end or [])
-        settings |= {"begin": getattr(work.processor, "bos_token_id", None), "end": end}
+        settings["begin"] = getattr(work.processor, "bos_token_id", None)
     if runtime == "onnxruntime":
         settings |= {"providers": [PROVIDERS[target.device]], "session": dict(CONFIG)}
     return settings

@@ -10,20 +10,22 @@ from typing import Any, Final
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from pipeline.infer import ANSWERS
 from pipeline.report import check_line, evidence, stage_table, step_words
 
 PIPELINES: Final = {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}
 """The hub's name of a task, where it is another."""
 
 
-def card(report: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> str:
+def card(
+    report: Mapping[str, Any], name: str, settings: Mapping[str, Any], *, answers: bool
+) -> str:
     """Return README.md of an artifact.
 
     Args:
         report: the JSON of report.json.
         name: the model's.
         settings: what inference.json holds.
+        answers: there is an infer.py.
     """
     recipe, last = report["recipe"], report["stages"][-1]
     runtime = settings["runtime"]
@@ -51,7 +53,7 @@ def card(report: Mapping[str, Any], name: str, settings: Mapping[str, Any]) -> s
     steps = "\n".join(f"1. {step_words(step)}" for step in recipe["steps"])
     checks = "\n".join(f"- {check_line(check)}" for check in report["verdict"]["checks"])
     use = {"onnxruntime": _ONNX, "tensorrt": _TENSORRT, "torch": _TORCH}[runtime]
-    if runtime == "onnxruntime" and settings["task"] in ANSWERS:
+    if answers:
         use = _INFER + use
     if last["format"] == "tensorrt" and runtime != "tensorrt":
         use += f"The engine was built ahead of time, and not run. {_TENSORRT}"

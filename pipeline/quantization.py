@@ -21,9 +21,9 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from exporters.onnx.graph import EXTERNAL_BYTES, quiet, store
+from exporters.onnx.greedy import decoder_inputs
 from exporters.onnx.session import (
     Arrays,
-    decoder_inputs,
     feeder,
     files,
     inputs_of,
@@ -137,7 +137,7 @@ def int8_static(graph: ModelProto, target: Path, options: Options) -> None:
             reduce_range=options.reduce_range,
             activation_type=QuantType.QInt8 if options.portable else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=sorted(options.left | _of_activations(graph)),
+            nodes_to_exclude=sorted(options.left | _of_activations(graph) | _of_positions(graph)),
             use_external_data_format=large,
             extra_options={
                 "ActivationSymmetric": options.portable,
@@ -354,6 +354,16 @@ def _of_activations(graph: ModelProto) -> set[str]:
         for node in graph.graph.node
         if node.op_type == "MatMul" and node.input[1] not in constants
     }
+
+
+def _of_positions(graph: ModelProto) -> set[str]:
+    """Return the names of the look-ups of what relative positions add to scores, as in T5.
+
+    These tables are small. And ONNX Runtime (1.31) moves a signed pair behind such a look-up across
+    the transposition that follows, gives it two types, and does not open the graph.
+    """
+    turned = {node.input[0] for node in graph.graph.node if node.op_type == "Transpose"}
+    return {n.name for n in graph.graph.node if n.op_type == "Gather" and n.output[0] in turned}
 
 
 def layers(path: Path, method: str, options: Options) -> dict[str, list[str]]:

@@ -169,6 +169,11 @@ def _order_mistakes(recipe: Recipe) -> Iterator[str]:
             case Quantize():
                 yield from _quantize_mistakes(recipe, step, exported, packed, where)
                 yield from _missing_data(recipe, step, where)
+            case Export() if packed and packed.ends_the_chain:
+                yield (
+                    f"{where}: nothing exports what {packed.method} writes, found {step.step} after"
+                    " it; leave it out, or quantize with int4-weights and `algorithm: gptq`"
+                )
             case Export(format="tensorrt"):
                 yield from _engine_mistakes(recipe, index, exported, where)
         yield from _unknown_names(recipe, step, earlier, where)
@@ -210,6 +215,8 @@ def _runtime_mistakes(recipe: Recipe) -> Iterator[str]:
     target, last = recipe.target, recipe.steps[-1]
     for index, step in enumerate(recipe.steps):
         in_torch = isinstance(step, Quantize) and step.in_torch
+        if isinstance(step, Quantize) and step.ends_the_chain:
+            yield from _last_mistakes(recipe, step, f"steps.{index}")
         if target.runtime == "torch" and isinstance(step, Quantize | Export) and not in_torch:
             yield f"steps.{index}: {step.step} gives ONNX, expected target.runtime: onnxruntime"
         goal = step.goal if isinstance(step, Prune) else None
@@ -227,6 +234,19 @@ def _runtime_mistakes(recipe: Recipe) -> Iterator[str]:
         isinstance(last, Export) and last.format == "tensorrt"
     ):
         yield "target.runtime: found tensorrt, expected `export` with format: tensorrt as last step"
+
+
+def _last_mistakes(recipe: Recipe, step: Quantize, where: str) -> Iterator[str]:
+    """Yield why what ends the chain cannot be made, or measured."""
+    target, kind = recipe.target, recipe.task.kind
+    if (target.runtime, target.device) != ("torch", "cpu"):
+        yield (
+            f"{where}: {step.method} is measured in torch on the CPU alone, found target.runtime:"
+            f" {target.runtime} and target.device: {target.device}, expected torch and cpu; or"
+            " quantize with int4-weights and `algorithm: gptq`"
+        )
+    if kind in {"seq2seq-lm", "image-classification"}:
+        yield f"{where}: {step.method} takes a text and one stack of layers, found {kind}"
 
 
 def _unknown_names(recipe: Recipe, step: Step, earlier: list[str], where: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ from pipeline import (
     bnb,
     ci,
     gate,
+    gptq,
     judging,
     ledger,
     openers,
@@ -172,14 +173,16 @@ def check_target(recipe: Recipe) -> None:
 
     Raises:
         Unavailable: no CUDA device where one is asked for.
-        MissingDependency: onnxruntime, TensorRT or bitsandbytes is asked for and not installed.
+        MissingDependency: a library that is asked for is not installed.
         NotHere: TensorRT cannot build on this machine what is asked for.
     """
     target = recipe.target
     for step in recipe.steps:
         if isinstance(step, Export) and step.format == "tensorrt":
             tensorrt.available(steps.engine_settings(step))
-        if isinstance(step, Quantize) and step.in_torch:
+        if isinstance(step, Quantize) and step.ends_the_chain:
+            gptq.require()
+        elif isinstance(step, Quantize) and step.in_torch:
             bnb.library()
     openers.check(target.runtime, target.device)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from exporters import formats
-from pipeline import bnb
+from pipeline import bnb, gptq
 from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
 from pipeline.masks import LEARNERS
@@ -197,7 +197,7 @@ class Quantize(Limited):
     """
 
     step: Literal["quantize"]
-    method: Annotated[str, one_of([*METHODS, *bnb.METHODS])] = "int8-dynamic"
+    method: Annotated[str, one_of([*METHODS, *bnb.METHODS, gptq.METHOD])] = "int8-dynamic"
     embeddings: bool = False
     """Quantize the embedding tables too."""
     migration: Fraction = 0.0
@@ -214,12 +214,17 @@ class Quantize(Limited):
     @property
     def in_torch(self) -> bool:
         """Whether it is the torch model that is quantized, and a torch model that comes of it."""
-        return self.method in bnb.METHODS
+        return self.method in {*bnb.METHODS, gptq.METHOD}
+
+    @property
+    def ends_the_chain(self) -> bool:
+        """Whether torch alone reads what the step writes, so that nothing can follow."""
+        return self.method == gptq.METHOD
 
     @property
     def calibrated(self) -> bool:
         """Whether the step needs calibration data."""
-        calibrated = not self.in_torch and METHODS[self.method].calibrated
+        calibrated = self.ends_the_chain or (not self.in_torch and METHODS[self.method].calibrated)
         return calibrated or self.migration > 0 or self.algorithm in CALIBRATED
 
     @property
@@ -255,6 +260,8 @@ class Quantize(Limited):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         known = {"step", "method"}
+        if self.ends_the_chain:
+            known |= {"block_size"}
         if not self.in_torch:
             known |= {*METHODS[self.method].options, *Limited.model_fields}
         defaults = {name: field.default for name, field in type(self).model_fields.items()}

@@ -25,7 +25,7 @@ from benchmarks.examples import Arrays, collate
 from benchmarks.outcomes import Outcomes, fidelity
 from benchmarks.worker import InProcess
 from exporters import onnx, tensorrt
-from pipeline import bnb, calibration, checkpoint, mixed, parts, quantization, sources
+from pipeline import bnb, calibration, checkpoint, gptq, mixed, parts, quantization, sources
 from pipeline.checkpoint import ModelError
 from pipeline.manifest import MANIFEST
 from pipeline.recipe import ORIGINAL
@@ -231,7 +231,7 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
 
 
 def quantize_in_torch(work: Work, step: Quantize, before: Artifact) -> Entry:
-    """Return the artifact in a format of bitsandbytes, still a torch artifact.
+    """Return the artifact in a format of bitsandbytes or of GPTQ, still a torch artifact.
 
     It is quantized on the CPU, so that the codes are the same whatever the target is.
     """
@@ -239,21 +239,27 @@ def quantize_in_torch(work: Work, step: Quantize, before: Artifact) -> Entry:
     def make(folder: Path) -> dict[str, Any]:
         whole = checkpoint.without_weights(before.entry.folder, work.task.auto_class)
         known = parts.places(whole)  # of what is quantized, nobody knows what could be cut
-        load = partial(
-            checkpoint.from_pretrained,
-            before.entry.folder,
-            quantization_config=bnb.configuration(step.method, whole),
-            device_map={"": "cpu"},
-        )
-        model = once(work.track, "quantizing", load)
-        details: dict[str, Any] = {"quantized_layers": bnb.count(model, step.method)}
         _copy_around(before.entry.folder, folder)
-        checkpoint.save_pretrained(model, folder)
+
+        def write() -> dict[str, int]:
+            load = partial(checkpoint.from_pretrained, before.entry.folder)
+            if step.ends_the_chain:
+                return gptq.quantize(load(), folder, _calibration(work), step.block_size)
+            asked = bnb.configuration(step.method, whole)
+            model = load(quantization_config=asked, device_map={"": "cpu"})
+            checkpoint.save_pretrained(model, folder)
+            return {"quantized_layers": bnb.count(model, step.method)}
+
+        details: dict[str, Any] = dict(once(work.track, "quantizing", write))
         tensors = sorted(folder.glob("*.safetensors"))
         details["bytes_by_part"] = parts.bytes_of_tensors(tensors, known)
         return _known(before) | {"details": details}
 
-    key = {"step": step.model_dump(mode="json"), "input": before.entry.digest}
+    key = {
+        "step": step.model_dump(mode="json"),
+        "input": before.entry.digest,
+        "data": work.evidence("calibration") if step.calibrated else None,
+    }
     return work.make("quantize", key, make)
 
 

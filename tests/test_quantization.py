@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-import exporters
 from benchmarks.data import DataError
 from benchmarks.machine import describe
 from exporters import onnx as exporter
@@ -137,17 +136,7 @@ def two_graphs(tmp_path_factory):
     return folder
 
 
-UNOPENED = pytest.mark.xfail(
-    raises=exporters.ExportError,
-    strict=True,
-    reason="onnxruntime 1.31 gives a QuantizeLinear of T5 two types; see Limits in the README",
-)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(x, marks=UNOPENED) if x == "int8-static portable" else x for x in CASES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_both_graphs_of_an_encoder_decoder_shrink(tmp_path, two_graphs, case):
     method, given = CASES[case]
     options = Options(

@@ -8,11 +8,11 @@ import numpy as np
 
 from exporters import ExportError
 from exporters.onnx import graph
+from exporters.onnx.greedy import decoder_inputs, greedy_search
 from exporters.onnx.session import (
     MODEL,
     PROVIDERS,
     Arrays,
-    decoder_inputs,
     encoder_file,
     files,
     in_parts,
@@ -128,8 +128,6 @@ def generated(model: Any, sample: Arrays, path: Path) -> float:
     """
     import torch
 
-    from exporters.onnx.generation import greedy
-
     options: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads()}
     decode = predictor(path, **options)
     if model.config.is_encoder_decoder:
@@ -137,7 +135,7 @@ def generated(model: Any, sample: Arrays, path: Path) -> float:
         begun = {"decoder_input_ids": sample["decoder_input_ids"][:, :1]}
         given = decoder_inputs(predictor(encoder_file(path), **options), whole | begun)
         many = min(GENERATED, max(sample["decoder_input_ids"].shape[1] - 1, 1))
-        tokens = greedy(decode, given, {}, many)
+        tokens = greedy_search(decode, given, {}, many)
         logits = _expected(model, whole | {"decoder_input_ids": tokens})["logits"]
     else:
         rows, length = sample["input_ids"].shape
@@ -146,7 +144,7 @@ def generated(model: Any, sample: Arrays, path: Path) -> float:
         mask = (np.arange(half)[None] >= padded[:, None]).astype(np.int64)
         given = {"input_ids": sample["input_ids"][:, :half], "attention_mask": mask}
         many = min(GENERATED, max(length - half, 1))
-        tokens = greedy(decode, given, {}, many)
+        tokens = greedy_search(decode, given, {}, many)
         mask = np.pad(mask, ((0, 0), (0, many)), constant_values=1)
         logits = _expected(model, {"input_ids": tokens, "attention_mask": mask})["logits"]
     logits, chosen = logits[:, -many - 1 : -1], tokens[:, -many:, None]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from exporters import ExportError, MissingDependency, NotHere
 from exporters.onnx.graph import store
+from exporters.onnx.greedy import cache, decoder_inputs
 
 MODEL: Final = Path("onnx", "model.onnx")
 """Where the graph lies in an artifact."""
@@ -158,28 +159,6 @@ def in_parts(predict: Any, arrays: Arrays, ends: Sequence[int]) -> dict[str, NDA
         logits.append(outputs["logits"])
         given |= cache(outputs)
     return {"logits": np.concatenate(logits, axis=1)}
-
-
-def decoder_inputs(encode: Any, arrays: Arrays) -> dict[str, NDArray[Any]]:
-    """Return what the decoder of an encoder-decoder takes, with an empty cache of its own.
-
-    Args:
-        encode: the encoder's predictor.
-        arrays: what the encoder takes, and `decoder_input_ids` `(B, L)`.
-    """
-    given = {"input_ids": arrays["decoder_input_ids"], **cache(encode(arrays))}
-    if "attention_mask" in arrays:
-        given["encoder_attention_mask"] = arrays["attention_mask"]
-    return given
-
-
-def cache(outputs: Arrays) -> dict[str, NDArray[Any]]:
-    """Return the cache among the outputs, under the names of the inputs."""
-    return {
-        f"past_key_values{name.removeprefix('present')}": array
-        for name, array in outputs.items()
-        if name.startswith("present.")
-    }
 
 
 def positions(mask: NDArray[Any]) -> NDArray[Any]:
