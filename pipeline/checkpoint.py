@@ -9,7 +9,8 @@ written, and no code that comes with a model is run.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
-from pipeline import bnb, selfcheck, surgery
+from pipeline import bnb, selfcheck, surgery, trust
 
 HUB: Final = (
     "revision",
@@ -65,7 +66,8 @@ def from_pretrained(
 
     Raises:
         ModelError: no such model, damaged files, an option that is not known, tensors that are
-            missing, of another shape, of layers that the model does not have, or with NaN.
+            missing, of another shape, of layers that the model does not have, or with NaN; weights
+            that are pickles, or code that comes with the model.
     """
     model, missing = load(source, auto_class, **options)
     if missing:
@@ -84,6 +86,9 @@ def load(
         ModelError: as `from_pretrained`, but for missing tensors.
     """
     config = read_config(source, **{name: options[name] for name in HUB if name in options})
+    if Path(source).is_dir():
+        with _untrusted():
+            trust.refuse_pickles(Path(source, options.get("subfolder", "")))
     kind = model_class(source, config, auto_class)
     config.update({name: options.pop(name) for name in LABELS if name in options})
     quantized = options.get("quantization_config", getattr(config, "quantization_config", None))
@@ -96,6 +101,7 @@ def load(
             config=config,
             output_loading_info=True,
             use_safetensors=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are told below, by name
             **options,
         )
@@ -175,7 +181,7 @@ def read_config(
     """Return the configuration of a folder or a hub id; `options` are some of `HUB`.
 
     Raises:
-        ModelError: there is none, or it is not one.
+        ModelError: there is none, it is not one, or it names code that comes with the model.
     """
     path = Path(source)
     looks_local = str(source).startswith((".", "/", "~"))
@@ -183,8 +189,10 @@ def read_config(
         raise ModelError(f"{source}: no such folder")
     if path.is_dir() and not (path / options.get("subfolder", "") / "config.json").is_file():
         raise ModelError(f"{source}: found no config.json, expected a Hugging Face model folder")
+    options["revision"] = revision or "main"
+    look_through(source, **options)
     try:
-        return AutoConfig.from_pretrained(source, revision=revision or "main", **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         if path.is_dir():
             raise ModelError(f"{source}/config.json: {first_line(error)}") from error
@@ -192,6 +200,26 @@ def read_config(
             f"{source}: found neither as a folder here nor on the hub or in its local cache"
             f" ({first_line(error)})"
         ) from error
+    attention = config._attn_implementation  # noqa: SLF001 - not in to_dict
+    with _untrusted():  # on the hub, it may be another one by now
+        trust.refuse_code(
+            config.to_dict() | {"attn_implementation": attention}, f"{source}/config.json"
+        )
+    return config
+
+
+def look_through(source: str | Path, **hub: Any) -> None:
+    """Raise ModelError if what comes with a model is more than data; `hub` are some of `HUB`."""
+    with _untrusted():
+        trust.check(source, **hub)
+
+
+@contextmanager
+def _untrusted() -> Iterator[None]:
+    try:
+        yield
+    except trust.Untrusted as error:
+        raise ModelError(str(error)) from error
 
 
 def model_class(

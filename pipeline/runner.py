@@ -118,6 +118,7 @@ def run(
         shutil.rmtree(output / "artifact", ignore_errors=True)  # an earlier run's, not this one's
     for name, text in files.items():
         write_text(output / name, text)
+    work.store.finish()
     return report
 
 

@@ -52,6 +52,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "gate.py",
         "hub.py",
         "infer.py",
+        "inventory.py",
         "mistakes.py",
         "page.py",
         "plots.py",
@@ -60,6 +61,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "register_secateur.py",
         "report.py",
         "runner.py",
+        "signing.py",
         "terminal.py",
         "verification.py",
     }
