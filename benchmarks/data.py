@@ -8,6 +8,7 @@ that two measurements speak of the same examples.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -78,7 +79,7 @@ def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
         if path.is_file():
             return _read_file(path)
         if path.is_dir():
-            return _tables(datasets.load_dataset(str(path.resolve()), subset))
+            return _read_folder(path.resolve(), subset)
         if path.suffix in {*BUILDERS, ".gz"} or source.startswith((".", "/", "~")):
             raise DataError(f"{source}: no such file or folder")
         return _tables(datasets.load_dataset(source, subset))
@@ -123,6 +124,20 @@ def _read_file(path: Path) -> Mapping[str, datasets.Dataset]:
     return _tables(
         datasets.load_dataset(BUILDERS[suffix], data_files=str(path.resolve()), **options)
     )
+
+
+def _read_folder(path: Path, subset: str | None) -> Mapping[str, datasets.Dataset]:
+    """Return what a folder holds; its README.md may say which files, but not such of elsewhere."""
+    builder = datasets.load_dataset_builder(str(path), subset)
+    named = [str(name) for names in (builder.config.data_files or {}).values() for name in names]
+    for name in named:
+        if not Path(os.path.normpath(name)).is_relative_to(path):
+            raise DataError(
+                f"{path}: found the file {name} in what its README.md says of the data, expected"
+                " files of this folder"
+            )
+    builder.download_and_prepare()
+    return _tables(builder.as_dataset())
 
 
 def _tables(loaded: object) -> Mapping[str, datasets.Dataset]:

@@ -6,7 +6,6 @@ all artifacts are measured on the target, and the gate judges the last against t
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
 from pipeline.settings import Export, Finetune, Prune, Quantize, trained
 from pipeline.stages import measure
-from pipeline.store import publish
+from pipeline.store import publish, withdraw
 from pipeline.work import Artifact, Work
 from pipeline.writing import write_text
 
@@ -115,7 +114,7 @@ def run(
             lambda folder: artifact.write(folder, work, last, content), output / "artifact", about
         )
     else:
-        shutil.rmtree(output / "artifact", ignore_errors=True)  # an earlier run's, not this one's
+        withdraw(output / "artifact")  # an earlier run's, not this one's
     for name, text in files.items():
         write_text(output / name, text)
     work.store.finish()

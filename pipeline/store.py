@@ -115,7 +115,7 @@ class Store:
             seal(unfinished, make(unfinished))
             if entry:
                 shutil.rmtree(folder)
-            elif folder.exists():
+            elif os.path.lexists(folder):
                 bad = self._root / HIDDEN / "bad" / f"{label}-{uuid.uuid4().hex[:8]}"
                 folder.rename(bad)
             unfinished.rename(folder)
@@ -176,6 +176,8 @@ def kept(unfinished: Path) -> Path:
 
 def verify(folder: Path) -> Entry | None:
     """Return the folder's entry if its files are those of its manifest, else None."""
+    if folder.is_symlink():
+        return None
     try:
         files, about = manifest.read(folder)
     except manifest.Damaged:
@@ -188,21 +190,31 @@ def publish(source: Callable[[Path], None], folder: Path, about: Mapping[str, An
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     before = folder.with_name(f".{folder.name}.before")
     _settle(folder, before)  # what a kill left
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
         source(unfinished)
         seal(unfinished, about)
-        if folder.exists():
+        if os.path.lexists(folder):
             folder.rename(before)
         unfinished.rename(folder)
+        sync(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
         _settle(folder, before)
 
 
+def withdraw(folder: Path) -> None:
+    """Take what was published away, as a whole."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    remove(gone)
+    if os.path.lexists(folder):
+        folder.rename(gone)
+        remove(gone)
+
+
 def _settle(folder: Path, before: Path) -> None:
     """Put the folder that was there before back, if no other one has come in its place."""
-    if before.exists() and not folder.exists():
+    if os.path.lexists(before) and not os.path.lexists(folder):
         before.rename(folder)
-    shutil.rmtree(before, ignore_errors=True)
+    remove(before)
