@@ -73,6 +73,9 @@ def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
     path = Path(source).expanduser()
     if source.startswith("builtin:") and source not in BUILTIN:
         raise DataError(f"{source}: no such built-in data, expected one of {sorted(BUILTIN)}")
+    local = path.suffix in {*BUILDERS, ".gz"} or source.startswith((".", "/", "~"))
+    if local and not path.exists():
+        raise DataError(f"{source}: no such file or folder")
     try:
         if source in BUILTIN:
             return _read_builtin(source)
@@ -80,21 +83,24 @@ def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
             return _read_file(path)
         if path.is_dir():
             return _read_folder(path.resolve(), subset)
-        if path.suffix in {*BUILDERS, ".gz"} or source.startswith((".", "/", "~")):
-            raise DataError(f"{source}: no such file or folder")
         return _tables(datasets.load_dataset(source, subset))
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(
             f"{source}: found neither as a file or folder here nor on the hub or in its local cache"
             f" ({_first_line(error)})"
         ) from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        if isinstance(error, DataError):
-            raise
-        if isinstance(error.__cause__, OSError):  # no space left for the cache, say
-            raise error.__cause__ from None
-        reason = _first_line(error.__cause__ or error)
-        raise DataError(f"{source}: cannot be read as data: {reason}") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: Exception) -> Exception:
+    """Return what to raise where a library cannot read the data."""
+    for found in (error, error.__cause__):
+        if isinstance(found, OSError) and found.errno is not None:
+            return found  # no space left for the cache, say; a file that is no gzip has no number
+    return DataError(f"{source}: cannot be read as data: {_first_line(error.__cause__ or error)}")
 
 
 def _read_builtin(source: str) -> Mapping[str, datasets.Dataset]:

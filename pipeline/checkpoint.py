@@ -7,7 +7,6 @@ A pruned folder holds matrices of other shapes than its family's class builds, s
 written, and no code that comes with a model is run.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +35,10 @@ HUB: Final = (
 LABELS: Final = ("num_labels", "id2label", "label2id")
 MASKS: Final = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 """Causal masks, which old files of GPT-2 and GPT-NeoX hold as tensors."""
+
+
+UNSOUND: Final = (ArithmeticError, LookupError, RuntimeError)
+"""What the library raises where the numbers and names of a configuration make no model."""
 
 
 class ModelError(ValueError):
@@ -109,7 +112,7 @@ def load(
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{source}: {first_line(error)}") from error
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, *UNSOUND) as error:
         raise ModelError(f"{source}: cannot be loaded: {first_line(error)}") from error
     except TypeError as error:
         if "keyword argument" not in str(error):
@@ -171,7 +174,7 @@ def without_weights(
     try:
         with torch.device("meta"):
             return kind(config).eval()
-    except ValueError as error:
+    except (ValueError, *UNSOUND) as error:
         raise ModelError(f"{source}: {first_line(error)}") from error
 
 
@@ -193,7 +196,7 @@ def read_config(
     look_through(source, **options)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # what is wrong in a file makes the library stumble in any way
         if path.is_dir():
             raise ModelError(f"{source}/config.json: {first_line(error)}") from error
         raise ModelError(
@@ -255,6 +258,8 @@ def _pruned(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
         self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
         cut: Mapping[str, Any] | None = getattr(config, "pruning", None)
+        if cut and not isinstance(cut, Mapping):
+            raise ModelError(f"config.json: found pruning: {cut!r}, expected a mapping")
         if cut:
             config.pruning = None
         kind.__init__(self, config, *args, **kwargs)
@@ -262,7 +267,12 @@ def _pruned(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
             if "like" in cut:  # it was checked when it was cut
                 self.config.pruning = {"like": cut["like"]}
             selfcheck.ensure(self)
-            surgery.apply(self, cut)
+            try:
+                surgery.apply(self, cut)
+            except (AttributeError, TypeError) as error:
+                raise ModelError(
+                    f"config.json: found a `pruning` of another form: {error}"
+                ) from error
             # The record is written anew by the cut itself; keep every entry that was read.
             self.config.pruning = cut
 

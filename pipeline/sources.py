@@ -86,7 +86,7 @@ def processor(source: str, kind: str, revision: str | None) -> Any:
     try:
         load = getattr(transformers, kind).from_pretrained
         found = load(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # what is wrong in a file makes the library stumble in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{source}: its {kind} cannot be loaded: {reason}") from error
     if kind == "AutoTokenizer" and not found.is_fast:
