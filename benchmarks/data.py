@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -30,6 +31,8 @@ BUILDERS: Final = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+READ: Final = frozenset({*BUILDERS.values(), "arrow", "cache", "imagefolder"})
+"""What of `datasets` may read a folder or a repository; `cache` is what it has read before."""
 BUILTIN: Final = {"builtin:docstrings": docstrings.load}
 WANTED: Final = ("label", "tags", "answers", "target")
 """The roles of what a model is to give, which are no part of a row's id."""
@@ -82,16 +85,16 @@ def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
         if path.is_file():
             return _read_file(path)
         if path.is_dir():
-            return _read_folder(path.resolve(), subset)
-        return _tables(datasets.load_dataset(source, subset))
+            return _load(str(path.resolve()), subset, within=str(path.resolve()))
+        return _load(source, subset, within="hf://datasets")
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(
             f"{source}: found neither as a file or folder here nor on the hub or in its local cache"
             f" ({_first_line(error)})"
         ) from error
-    except DataError:
+    except (DataError, MemoryError):
         raise
-    except (OSError, ValueError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
+    except Exception as error:  # what is wrong in a file makes the library stumble in any way
         raise _unreadable(source, error) from error
 
 
@@ -132,15 +135,20 @@ def _read_file(path: Path) -> Mapping[str, datasets.Dataset]:
     )
 
 
-def _read_folder(path: Path, subset: str | None) -> Mapping[str, datasets.Dataset]:
-    """Return what a folder holds; its README.md may say which files, but not such of elsewhere."""
-    builder = datasets.load_dataset_builder(str(path), subset)
-    named = [str(name) for names in (builder.config.data_files or {}).values() for name in names]
-    for name in named:
-        if not Path(os.path.normpath(name)).is_relative_to(path):
+def _load(source: str, subset: str | None, within: str) -> Mapping[str, datasets.Dataset]:
+    """Return what a folder or a repository holds.
+
+    A README.md may say which files these are, but not such of elsewhere; and of the formats that
+    the library reads, there are some that hold pickles.
+    """
+    builder = datasets.load_dataset_builder(source, subset)
+    if builder.name not in READ:
+        raise DataError(f"{source}: found data for {builder.name}, expected one of {sorted(READ)}")
+    for name in chain.from_iterable((builder.config.data_files or {}).values()):
+        if not Path(os.path.normpath(name)).is_relative_to(os.path.normpath(within)):
             raise DataError(
-                f"{path}: found the file {name} in what its README.md says of the data, expected"
-                " files of this folder"
+                f"{source}: found the file {name} in what its README.md says of the data, expected"
+                " files of its own"
             )
     builder.download_and_prepare()
     return _tables(builder.as_dataset())

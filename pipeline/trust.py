@@ -102,13 +102,10 @@ def _read(source: str | Path, name: str, hub: Mapping[str, Any]) -> Mapping[str,
         path = folder / hub.get("subfolder", "") / name
         found = str(path) if path.is_file() else None
     else:
-        found = cached_file(
-            str(source),
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
+        try:
+            found = cached_file(str(source), name, **hub)
+        except (OSError, ValueError):  # who needs the file says that it is not there
+            found = None
     if found is None:
         return {}
     try:
