@@ -34,6 +34,18 @@ from pipeline.terminal import (
 
 CODES: Final = {"pass": 0, "fail": 1, "inconclusive": 3}
 PASSWORD: Final = "SECATEUR_KEY_PASSWORD"  # noqa: S105 - the name of a variable
+NOT_THERE: Final = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+"""What the system says of a path that a user should not have named."""
 WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
 
 
@@ -196,7 +208,7 @@ def _disk(error: OSError) -> tuple[int, str]:
     where = error.filename or "output"
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return FAILED, f"{where}: no space left; free some, and run the same command again"
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+    if error.errno in NOT_THERE:
         return WRONG, f"{where}: cannot be written or read: {error.strerror}"
     return FAILED, f"{where}: {error}"
 
