@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import writers
-from conftest import secateur
+from conftest import secateur, write_recipe
 
 from pipeline.manifest import MANIFEST, seal
 from pipeline.store import Store, publish, verify
@@ -248,3 +248,61 @@ def test_links_in_the_way_are_not_followed(tmp_path):
     assert verify(tmp_path / "out" / "artifact") is not None
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["artifact", "report.json"]
     assert {path.name: path.read_text() for path in victim.iterdir()} == {"precious": "mine"}
+
+
+def entries(folder):
+    """Return the entries of a run, by name, with the time when they were made; all are whole."""
+    found = [path for path in (folder / "stages").glob("*-*") if path.is_dir()]
+    assert all(verify(path) for path in found)
+    return {path.name: (path / MANIFEST).stat().st_mtime_ns for path in found}
+
+
+def results(folder):
+    """Return the digest of every entry that does not hold times, and that of the artifact."""
+    names = [name for name in entries(folder) if not name.startswith(("measured", "timed"))]
+    found = {name: verify(folder / "stages" / name).digest for name in names}
+    return found | {"artifact": (folder / "artifact" / "onnx" / "model.onnx").read_bytes()}
+
+
+@pytest.mark.slow
+def test_kills_of_a_whole_run_and_then_flipped_bits(tmp_path):
+    """Ten kills of `secateur run`; then a hundred bits of its stages, and of its artifact."""
+    recipe, generator, kills = write_recipe(tmp_path), random.Random(0), 0
+    command = [sys.executable, "-m", "pipeline", "run", recipe, "--output"]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    begun = time.monotonic()
+    subprocess.run([*command, tmp_path / "undisturbed"], check=True, **options)
+    lasts, expected = time.monotonic() - begun, results(tmp_path / "undisturbed")
+    folder, made, ended = tmp_path / "0", {}, 0
+    while kills < 10:
+        process = subprocess.Popen([*command, folder], **options)
+        try:
+            process.wait(generator.uniform(0.1, 0.9) * lasts)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+        now = entries(folder) if folder.exists() else {}
+        assert made.items() <= now.items()  # nothing that was finished is made again
+        assert not (folder / "artifact").exists() or verify(folder / "artifact")
+        made = now
+        if process.returncode == 0:
+            assert results(folder) == expected
+            ended += 1
+            folder, made = tmp_path / str(ended), {}
+    subprocess.run([*command, folder], check=True, **options)
+    assert results(folder) == expected
+    print({"kills": kills, "runs that ended": ended + 1, "seconds undisturbed": lasts})
+    for released in (False, True):
+        root = folder / ("artifact" if released else "stages")
+        files = [path for path in sorted(root.rglob("*")) if path.is_file()]
+        files = [path for path in files if ".store" not in path.parts and path.stat().st_size]
+        for _ in range(100):
+            path = generator.choice(files)
+            content = flip(path, generator)
+            if released:
+                assert secateur("verify", root).returncode == 2
+            else:
+                assert verify(root / path.relative_to(root).parts[0]) is None
+            path.write_bytes(content)
+    assert results(folder) == expected
