@@ -44,14 +44,22 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine: `memory_bytes` in total, `versions` of what computes."""
+    """The machine: `memory_bytes` in total, `versions` of what computes.
+
+    `virtual` is whether a hypervisor lies below; `governor` how the clock is set; `cpu_quota` how
+    many cores the control group may use, None if there is no limit or none that can be read.
+    """
 
     system: str
     cpu: str
     cpu_flags: tuple[str, ...]
     cores: int
     memory_bytes: int
+    virtual: bool
+    governor: str | None
+    cpu_quota: float | None
     gpu: str | None
+    driver: str | None
     python: str
     versions: dict[str, str]
 
@@ -78,7 +86,11 @@ def describe() -> Machine:
         cpu_flags=tuple(flag for flag in _FLAGS if flag in flags),
         cores=usable_cores(),
         memory_bytes=psutil.virtual_memory().total,
+        virtual="hypervisor" in flags,
+        governor=_text(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
+        cpu_quota=_cpu_quota(),
         gpu=_gpu(),
+        driver=_text(Path("/sys/module/nvidia/version")),
         python=platform.python_version(),
         versions=_versions(),
     )
@@ -102,6 +114,34 @@ def pressure() -> dict[str, float | None]:
     if psi.exists():
         stalled = float(psi.read_text().split("avg10=")[1].split()[0]) / 100
     return {"load_average": os.getloadavg()[0], "cpu_stalled": stalled}
+
+
+def stalled_seconds() -> dict[str, float | None]:
+    """Return for how long tasks have waited for a core, memory and disk since the machine started.
+
+    https://docs.kernel.org/accounting/psi.html
+    """
+    found: dict[str, float | None] = {}
+    for what in ("cpu", "memory", "io"):
+        text = _text(Path("/proc/pressure", what))
+        found[what] = int(text.split("total=")[1].split()[0]) / 1e6 if text else None
+    return found
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _cpu_quota(path: Path = Path("/sys/fs/cgroup/cpu.max")) -> float | None:
+    """Return the cores of a control group (version 2).
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
+    """
+    quota, _, period = (_text(path) or "max").partition(" ")
+    return None if quota == "max" else int(quota) / int(period)
 
 
 def _cpu() -> tuple[str, set[str]]:

@@ -9,6 +9,7 @@ N examples, D decisions (one an example, or one a token), C classes.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,19 +58,42 @@ class Outcomes:
         )
 
 
+CLOSE: Final = 0.1
+"""The margin below which a decision counts as close."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Three quantiles: 5, 50 and 95 %."""
+
+    p5: float
+    p50: float
+    p95: float
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """How far a candidate's decisions are from the baseline's.
 
     `agreement` is the share of equal decisions; `flips` counts the examples that turned from right
-    to wrong or back (None where an example is not right or wrong); `kl_mean` is the mean of
-    KL(baseline || candidate) over the decisions, in nats (None where there are no class
-    probabilities). Flips: arXiv 2407.09141.
+    to wrong (`broken`) or back (`mended`), None where an example is not right or wrong (arXiv
+    2407.09141). `kl_mean` and `kl_p99` are of KL(baseline || candidate) over the decisions, in
+    nats; `margin` is the median of how much more probable the candidate's decision was than the
+    next one, `close` the share of decisions where that is below `CLOSE`; None where there are no
+    class probabilities. Of a language model, `perplexities` are those of single documents, and
+    `perplexity_ratios` what they are of the baseline's.
     """
 
     agreement: float
     flips: int | None
     kl_mean: float | None
+    broken: int | None = None
+    mended: int | None = None
+    kl_p99: float | None = None
+    margin: float | None = None
+    close: float | None = None
+    perplexities: Spread | None = None
+    perplexity_ratios: Spread | None = None
 
 
 def fidelity(
@@ -85,13 +109,30 @@ def fidelity(
             f"fidelity: found outcomes of {len(baseline.ids)} and {len(candidate.ids)} examples,"
             " expected the same examples in the same order"
         )
-    kl_mean = None
+    found: dict[str, Any] = {"flips": None, "kl_mean": None}
+    if right is not None:
+        before, after = (np.asarray(right(each.columns), bool) for each in (baseline, candidate))
+        broken, mended = int(np.sum(before & ~after)), int(np.sum(~before & after))
+        found |= {"flips": broken + mended, "broken": broken, "mended": mended}
     if baseline.log_probabilities is not None and candidate.log_probabilities is not None:
         p = baseline.log_probabilities.astype(np.float64)
         q = candidate.log_probabilities.astype(np.float64)
-        kl_mean = float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
-    flips = None
-    if right is not None:
-        flips = int(np.sum(right(baseline.columns) != right(candidate.columns)))
-    agreement = float(np.mean(baseline.decisions == candidate.decisions))
-    return Fidelity(agreement, flips, kl_mean)
+        kl = np.sum(np.exp(p) * (p - q), axis=-1)
+        found |= {"kl_mean": float(np.mean(kl)), "kl_p99": float(np.quantile(kl, 0.99))}
+        if q.shape[-1] > 1:
+            second, first = np.partition(np.exp(q), -2, axis=-1)[:, -2:].T
+            margins = first - second
+            found |= {"margin": float(np.median(margins)), "close": float(np.mean(margins < CLOSE))}
+    if "nll" in candidate.columns:
+        before, after = (
+            each.columns["nll"] / each.columns["tokens"] for each in (baseline, candidate)
+        )
+        found |= {
+            "perplexities": _spread(np.exp(after)),
+            "perplexity_ratios": _spread(np.exp(after - before)),
+        }
+    return Fidelity(agreement=float(np.mean(baseline.decisions == candidate.decisions)), **found)
+
+
+def _spread(values: Array) -> Spread:
+    return Spread(*np.quantile(values, (0.05, 0.5, 0.95)).tolist())

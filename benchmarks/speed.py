@@ -9,14 +9,15 @@ R rounds.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Final, Literal, TypeVar
 
 import numpy as np
-from scipy.stats import quantile_test
+from scipy.stats import quantile_test, rankdata
 
 from benchmarks.accuracy import Track, silent
+from benchmarks.figures import Percentiles, Ratio
 from benchmarks.worker import Arrays, Worker
 
 CONFIDENCE: Final = 0.95
@@ -24,26 +25,13 @@ REWARMED: Final = 1
 """Calls at the start of a turn that are not counted: the caches hold another model's weights."""
 COUNTED: Final = 2
 """Calls of a turn that are counted."""
+FEWEST: Final = 6
+"""Rounds below which there is no interval of a median at `CONFIDENCE`."""
 
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of latencies with its interval at `CONFIDENCE`."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Percentiles:
-    """Latency percentiles; None where the samples are too few for an upper confidence bound."""
-
-    p50: float
-    p90: float | None
-    p95: float | None
-    p99: float | None
-    samples: int
+T = TypeVar("T")
+Turns = list[list[float]]
+"""Latencies in milliseconds: turn -> call."""
+Speed = Literal["faster", "slower", "same", "undecided"]
 
 
 def compare(
@@ -53,31 +41,76 @@ def compare(
     rounds: int,
     seconds: float,
     track: Track = silent,
-) -> dict[str, list[list[list[float]]]]:
-    """Return latencies in milliseconds: artifact -> load -> round -> counted calls.
-
-    A load ends after `rounds` rounds, or after `seconds` but not before 6 rounds, the fewest that
-    bound a median at 95 %.
-    """
-    found: dict[str, list[list[list[float]]]] = {name: [] for name in workers}
+) -> dict[str, list[Turns]]:
+    """Return latencies in milliseconds: artifact -> load -> turns; see `interleave`."""
+    found: dict[str, list[Turns]] = {name: [] for name in workers}
     for load, inputs in enumerate(loads):
-        for name, worker in workers.items():
+        for worker in workers.values():
             worker.hold(load, inputs)
-            found[name].append([])
-            _warm_up(worker, load)
-        deadline = time.monotonic() + seconds
-        order = list(workers)
-        for count in track(range(rounds), f"timing load {load + 1} of {len(loads)}", rounds):
-            if count >= 6 and time.monotonic() > deadline:  # noqa: PLR2004 - see the docstring
-                break
-            for name in order:
-                latencies = workers[name].time(load, REWARMED + COUNTED)[REWARMED:]
-                found[name][load].append([ns / 1e6 for ns in latencies])
-            order.reverse()
+            warm_up(worker, load)
+        turns = interleave(
+            workers,
+            partial(turn, load),
+            rounds=rounds,
+            seconds=seconds,
+            track=track,
+            what=f"timing load {load + 1} of {len(loads)}",
+        )
+        for name in workers:
+            found[name].append(turns[name])
     return found
 
 
-def _warm_up(worker: Worker, load: int, most: int = 20) -> None:
+def turn(load: int, worker: Worker) -> list[float]:
+    """Return the latencies of one turn of a worker on a held batch, in milliseconds."""
+    return [ns / 1e6 for ns in worker.time(load, REWARMED + COUNTED)[REWARMED:]]
+
+
+def interleave(
+    artifacts: Mapping[str, T],
+    turn: Callable[[T], list[float]],
+    *,
+    rounds: int,
+    seconds: float,
+    precision: float | None = None,
+    track: Track = silent,
+    what: str = "timing",
+) -> dict[str, Turns]:
+    """Return what each artifact gave in each of its turns.
+
+    It ends after `rounds` rounds, or after `seconds`, or when every ratio to the first artifact is
+    known to `precision`, but not before 6 rounds, the fewest that bound a median at 95 %.
+
+    Args:
+        artifacts: whose turns they are, by name.
+        turn: takes one, and returns its latencies in milliseconds.
+        rounds: at most.
+        seconds: at most; a round is ended.
+        precision: half of a ratio's interval, as a share of the ratio.
+        track: shows progress.
+        what: that is shown.
+    """
+    found: dict[str, Turns] = {name: [] for name in artifacts}
+    deadline = time.monotonic() + seconds
+    order = list(artifacts)
+    for count in track(range(rounds), what, rounds):
+        if count >= FEWEST and (time.monotonic() > deadline or _precise(found, precision)):
+            break
+        for name in order:
+            found[name].append(turn(artifacts[name]))
+        order.reverse()
+    return found
+
+
+def _precise(found: Mapping[str, Turns], precision: float | None) -> bool:
+    first, *others = found.values()
+    if precision is None or not others:
+        return False
+    ratios = [ratio(first, other) for other in others]
+    return all((each.high - each.low) / 2 <= precision * each.value for each in ratios)
+
+
+def warm_up(worker: Worker, load: int, most: int = 20) -> None:
     """Call until a call is no faster than the ones before it by more than a tenth."""
     before = worker.time(load, 2)[-1]
     for _ in range(most):
@@ -108,20 +141,59 @@ def ratio(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[floa
     return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
 
 
-def percentiles(latencies: Sequence[float]) -> Percentiles:
-    """Return the percentiles for which the samples give an upper bound at `CONFIDENCE`.
+def verdict(found: Ratio, noise: float) -> Speed:
+    """Return what a ratio says, if differences of up to `noise` do not matter.
 
-    The bound is an order statistic, so p90 needs 29 samples, p95 59, p99 299.
+    The whole interval must lie beyond that difference, or within it.
+    """
+    if found.low > 1 + noise:
+        return "faster"
+    if found.high < 1 / (1 + noise):
+        return "slower"
+    if 1 / (1 + noise) <= found.low and found.high <= 1 + noise:
+        return "same"
+    return "undecided"
+
+
+def percentiles(latencies: Sequence[float]) -> Percentiles:
+    """Return the percentiles of latencies, in the order in which they were measured.
+
+    The bounds are order statistics. An upper bound alone at `CONFIDENCE` is what makes a percentile
+    known: p90 needs 29 samples, p95 59, p99 299. Both ends of its interval need 36, 72 and 368.
     """
 
     def known(p: float) -> float | None:
         bound = quantile_test(latencies, p=p, alternative="less").confidence_interval(CONFIDENCE)
         return float(np.quantile(latencies, p)) if np.isfinite(bound.high) else None
 
+    def interval(p: float) -> tuple[float | None, float | None]:
+        bounds = quantile_test(latencies, p=p).confidence_interval(CONFIDENCE)
+        low, high = (float(end) if np.isfinite(end) else None for end in bounds)
+        return low, high
+
+    shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+    values = {name: known(share) for name, share in shares.items()}
     return Percentiles(
         p50=float(np.median(latencies)),
-        p90=known(0.90),
-        p95=known(0.95),
-        p99=known(0.99),
+        p90=values["p90"],
+        p95=values["p95"],
+        p99=values["p99"],
         samples=len(latencies),
+        effective_samples=effective_samples(latencies),
+        intervals={n: interval(p) for n, p in shares.items() if n == "p50" or values[n]},
+        quantiles=tuple(np.quantile(latencies, np.linspace(0, 1, 21)).tolist()),
     )
+
+
+def effective_samples(latencies: Sequence[float]) -> float:
+    """Return how many independent samples these are worth, in their order.
+
+    n (1 - r) / (1 + r) with r the correlation of a sample's rank with the one's before, as for a
+    process that remembers one step (Bayley and Hammersley 1946, J. R. Stat. Soc. Suppl. 8:184-197);
+    at most n. Ranks, since a few slow calls would hide all others.
+    """
+    count = len(latencies)
+    ranks = rankdata(latencies) - (count + 1) / 2
+    spread = float(ranks @ ranks)
+    correlation = max(0.0, float(ranks[:-1] @ ranks[1:]) / spread) if spread else 0.0
+    return count * (1 - correlation) / (1 + correlation)

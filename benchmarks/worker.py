@@ -9,6 +9,7 @@ mapping of arrays. The worker knows nothing else of models.
     python -m benchmarks.worker OPENER FOLDER DEVICE THREADS
 """
 
+import ctypes
 import json
 import os
 import select
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from benchmarks.memory import peak_rss_bytes
 Arrays = Mapping[str, NDArray[Any]]
 Predictor = Callable[[Arrays], Arrays]
 
+PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 REPLY_SECONDS: Final = 600.0
 """How long a command may take before the worker counts as hung."""
 
@@ -98,6 +100,22 @@ class Worker:
         """Return the latencies of `calls` calls on the held batch, in nanoseconds."""
         latencies: list[int] = self._ask({"do": "time", "load": load, "calls": calls})["ns"]
         return latencies
+
+    def serve(self, load: int, arrivals_ns: Sequence[int]) -> list[int]:
+        """Return how long after its arrival each query was answered, in nanoseconds.
+
+        Args:
+            load: of `hold`.
+            arrivals_ns: when each query arrives, from the start on; those that come while another
+                is answered wait for their turn, and the wait counts.
+        """
+        ask = {"do": "serve", "load": load, "arrivals": list(arrivals_ns)}
+        latencies: list[int] = self._ask(ask)["ns"]
+        return latencies
+
+    def drive(self, load: int, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return what LoadGen measures on the held batch; see loadgen.py."""
+        return self._ask({"do": "drive", "load": load, "settings": settings})
 
     def peak_rss_bytes(self) -> int:
         """Return the largest resident set of the process so far."""
@@ -194,6 +212,8 @@ REDUCTIONS: Final[Mapping[str, Callable[[Arrays, Arrays], Arrays]]] = {
 def main(opener: str, folder: str, device: str, threads: str) -> None:
     """Open the artifact, then obey commands until the line closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    if sys.platform == "linux":  # a parent that is killed leaves no worker behind
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Whatever a library prints must not reach the line.
     line = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -219,6 +239,11 @@ def main(opener: str, folder: str, device: str, threads: str) -> None:
                 held[command["load"]] = load_file(command["from"])
             case "time":
                 reply = {"ns": _time(predictor, held[command["load"]], command["calls"])}
+            case "serve":
+                reply = {"ns": _serve(predictor, held[command["load"]], command["arrivals"])}
+            case "drive":
+                drive = import_module("benchmarks.loadgen").drive
+                reply = drive(predictor, held[command["load"]], command["settings"])
             case "memory":
                 reply = {"peak_rss_bytes": peak_rss_bytes()}
         print(json.dumps(reply), file=line)
@@ -230,6 +255,18 @@ def _time(predictor: Predictor, inputs: Arrays, calls: int) -> list[int]:
         start = time.perf_counter_ns()
         predictor(inputs)
         latencies.append(time.perf_counter_ns() - start)
+    return latencies
+
+
+def _serve(predictor: Predictor, inputs: Arrays, arrivals: Sequence[int]) -> list[int]:
+    latencies = []
+    start = time.perf_counter_ns()
+    for arrival in arrivals:
+        early = start + arrival - time.perf_counter_ns()
+        if early > 0:
+            time.sleep(early / 1e9)
+        predictor(inputs)
+        latencies.append(time.perf_counter_ns() - start - arrival)
     return latencies
 
 

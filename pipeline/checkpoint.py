@@ -285,10 +285,19 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Predictor:
     Raises:
         Unavailable: the device is not there.
     """
+    return predictor(open_model(folder, device=device, threads=threads))
+
+
+def open_model(folder: Path, *, device: str, threads: int) -> PreTrainedModel:
+    """Return the model of a folder where it is to run, in evaluation mode.
+
+    Raises:
+        Unavailable: the device is not there.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("target.device: found no CUDA device, expected one; use device: cpu")
     torch.set_num_threads(threads)
-    return predictor(nn.Module.to(from_pretrained(folder), device))
+    return nn.Module.to(from_pretrained(folder), device).eval()
 
 
 def predictor(model: PreTrainedModel) -> Predictor:

@@ -24,6 +24,8 @@ from pipeline.terminal import (
     err,
     out,
     progress,
+    show_bench,
+    show_comparison,
     show_engine,
     show_items,
     show_parts,
@@ -52,7 +54,7 @@ WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
     options = _parser().parse_args(arguments)
-    if options.command in {_verify, _gate, _sign, _store}:
+    if options.command in {_verify, _gate, _compare, _sign, _store}:
         sys.exit(options.command(options))  # where it is done there may be no torch
     _silence()
     sys.exit(_guarded(lambda: options.command(options)))
@@ -150,6 +152,11 @@ def _parser() -> argparse.ArgumentParser:
         "--github", action="store_true", help="annotations, and the summary of the job"
     )
     gate.set_defaults(command=_gate)
+    _bench_arguments(commands.add_parser("bench", help="time artifacts of any format, in turns"))
+    compare = commands.add_parser("compare", help="two runs side by side; needs no torch")
+    compare.add_argument("reports", type=Path, nargs=2, metavar="REPORT", help="as for gate")
+    compare.add_argument("--markdown", type=Path, metavar="FILE", help="write it as Markdown, too")
+    compare.set_defaults(command=_compare)
     rebuild = commands.add_parser(
         "rebuild", help="make the TensorRT engine of an artifact again, on this machine"
     )
@@ -158,6 +165,68 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine can run")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "artifacts",
+        type=Path,
+        nargs="+",
+        metavar="ARTIFACT",
+        help="folder of secateur, of a Hugging Face model, with model.onnx; or a file .onnx; ratios"
+        " are to the first",
+    )
+    parser.add_argument(
+        "--scenario",
+        default="single-stream",
+        choices=["single-stream", "multi-stream", "offline", "server", "generation"],
+        help="default: single-stream, one query after the other",
+    )
+    parser.add_argument(
+        "--batch", type=_counts, metavar="N,..", help="default: 1; others 8 or 1,8,32"
+    )
+    parser.add_argument(
+        "--sequence", type=_counts, default=[128], metavar="N,..", help="default: 128"
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=_counts, metavar="N", help="default: all usable cores")
+    parser.add_argument(
+        "--seconds", type=_positive, default=60.0, help="a load, at most; default: 60"
+    )
+    parser.add_argument(
+        "--precision",
+        type=_positive,
+        default=0.02,
+        help="of a ratio, at which a load ends; default: 0.02, half of its interval",
+    )
+    parser.add_argument(
+        "--noise",
+        type=_positive,
+        default=0.05,
+        help="differences up to this are none; default: 0.05",
+    )
+    parser.add_argument("--rate", type=_positive, help="server: queries a second")
+    parser.add_argument("--new-tokens", type=_counts, default=[32], metavar="N", help="generation")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="lines of text to be answered")
+    parser.add_argument(
+        "--loadgen", action="store_true", help="let MLCommons' LoadGen measure it once more"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.set_defaults(command=_bench)
+
+
+def _counts(text: str) -> list[int]:
+    counts = [int(part) for part in text.split(",")]
+    if min(counts) < 1:
+        raise ValueError(text)
+    return counts
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
 
 
 def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of error
@@ -313,7 +382,7 @@ def _gate(options: argparse.Namespace) -> int:
     from pipeline.reading import RecipeError
     from pipeline.writing import write_text
 
-    path = options.report / "report.json" if options.report.is_dir() else options.report
+    path = _report(options.report)
     try:
         report = judge_again(path, Budget.from_yaml(options.budget) if options.budget else None)
         if options.junit:
@@ -331,6 +400,29 @@ def _gate(options: argparse.Namespace) -> int:
         return _say(WRONG, f"{path}: not a report that can be judged: {error!r}")
     show_verdict(report)
     return CODES[report["verdict"]["outcome"]]
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from pipeline import comparison
+    from pipeline.gate import EvidenceError
+    from pipeline.writing import write_text
+
+    first, second = (str(path) for path in options.reports)
+    try:
+        found = comparison.compare(*map(_report, options.reports))
+        if options.markdown:
+            write_text(options.markdown, comparison.markdown(found, (first, second)))
+    except EvidenceError as error:
+        return _say(WRONG, error)
+    except OSError as error:
+        return _say(*_disk(error))
+    show_comparison(found, (first, second))
+    return 0
+
+
+def _report(path: Path) -> Path:
+    """Return the report in a folder, or the one that is named."""
+    return path / "report.json" if path.is_dir() else path
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -423,6 +515,35 @@ def _convert(options: argparse.Namespace) -> int:
             track=Bars(bars),
         )
     show_engine("built", about)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import json
+
+    from benchmarks.machine import usable_cores
+    from pipeline.bench import BATCHES, Settings, bench
+    from pipeline.writing import write_text
+
+    batches = options.batch or BATCHES[options.scenario]
+    settings = Settings(
+        scenario=options.scenario,
+        loads=tuple((batch, length) for length in options.sequence for batch in batches),
+        device=options.device,
+        threads=options.threads[0] if options.threads else usable_cores(),
+        seconds=options.seconds,
+        precision=options.precision,
+        noise=options.noise,
+        rate=options.rate,
+        new_tokens=options.new_tokens[0],
+        text=options.text,
+        loadgen=options.loadgen,
+    )
+    with progress() as bars:
+        found = bench(options.artifacts, settings, Bars(bars))
+    if options.json:
+        write_text(options.json, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    show_bench(found)
     return 0
 
 

@@ -12,7 +12,7 @@ N examples.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from statistics import NormalDist
 from typing import Final, Protocol
@@ -20,6 +20,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.figures import Ratio
 from benchmarks.metrics import METRICS, Columns, Metric, score
 from pipeline.report import Check, Outcome, Stage, Verdict, shape
 
@@ -147,9 +148,9 @@ def _trusted(check: Check, size: int) -> Check:
     return replace(check, outcome="inconclusive", note=note)
 
 
-def check_speedup(load: str, ratio: Mapping[str, float], allowed: float) -> Check:
-    """Return the check of a speedup (`value`, `low`, `high`) that must be at least `allowed`."""
-    value, low, high = (_number("speedup", ratio[name]) for name in ("value", "low", "high"))
+def check_speedup(load: str, ratio: Ratio, allowed: float) -> Check:
+    """Return the check of a speedup that must be at least `allowed`."""
+    value, low, high = (_number("speedup", x) for x in (ratio.value, ratio.low, ratio.high))
     outcome: Outcome = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
     note = "measure more rounds (target.rounds)" if outcome == "inconclusive" else ""
     return Check(f"speedup at {load}", allowed, value, low, high, outcome, note, at_least=True)

@@ -117,7 +117,12 @@ def reach(
             found, reached = _decide(plan, allowed, searched)
         removed, repairs = _cut(model, groups, made, found, inside)
     return Reached(
-        Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs),
+        Choice(
+            {path: s.tolist() for path, s in scores.items()},
+            removed,
+            repairs,
+            {group.path: list(group.kept) for group in groups},
+        ),
         priced.dense,
         reached,
         (found.losses[0], min(found.losses)),

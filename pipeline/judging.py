@@ -11,14 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from benchmarks.outcomes import Outcomes
 from pipeline import gate
 from pipeline.budget import Budget
 from pipeline.gate import EvidenceError
 from pipeline.manifest import file_hash
-from pipeline.report import SCHEMA, Load, Score, Stage
+from pipeline.report import READ, Report, Stage
 
 EVIDENCE: Final = "evidence"
 """The folder beside report.json."""
@@ -42,13 +42,11 @@ def judge_again(path: Path, budget: Budget | None = None) -> dict[str, Any]:
     Raises:
         EvidenceError: the report, or its outcomes, are missing, damaged, or not of one run.
     """
-    report = _read(path)
+    report = read(path)
     limits = budget or _own(report, path)
-    baseline, candidate = (
-        _outcomes(path.parent / EVIDENCE / _name(side), report["evidence"][side]) for side in SIDES
-    )
+    baseline, candidate = (outcomes(path, report["evidence"][side], side) for side in SIDES)
     _paired(baseline, candidate)
-    stages = [_stage(stage) for stage in report["stages"]]
+    stages = TypeAdapter(tuple[Stage, ...]).validate_python(report["stages"])
     metric = stages[-1].score.metric
     checks = gate.checks(limits, metric, baseline.columns, candidate.columns, stages)
     verdict = asdict(gate.judge(checks))
@@ -66,26 +64,47 @@ def _own(report: Mapping[str, Any], path: Path) -> Budget:
         raise EvidenceError(f"{path}: found no budget in its recipe; give one") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """Return the report at `path`.
+
+    Raises:
+        EvidenceError: it is missing, damaged, or of a schema that cannot be read.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EvidenceError(f"{path}: no such file, expected the report.json of a run") from None
     except (OSError, ValueError) as error:
         raise EvidenceError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+    if not isinstance(report, dict) or report.get("schema") not in READ:
         found = report.get("schema") if isinstance(report, dict) else type(report).__name__
-        raise EvidenceError(f"{path}: found the schema {found}, expected {SCHEMA}; run it again")
+        expected = " or ".join(map(str, READ))
+        raise EvidenceError(f"{path}: found the schema {found}, expected {expected}; run it again")
     needed = ("recipe", "stages", "evidence", "verdict", "baseline")
     missing = [key for key in needed if not report.get(key)]
     missing += [f"evidence.{side}" for side in SIDES if side not in report.get("evidence", {})]
     if missing:
         raise EvidenceError(f"{path}: found nothing under {', '.join(missing)}, expected all of it")
+    try:
+        TypeAdapter(Report).validate_python(report)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise EvidenceError(
+            f"{path}: {where}: {first['msg']}; expected it as a run wrote it"
+        ) from None
     return report
 
 
-def _outcomes(path: Path, expected: str) -> Outcomes:
-    """Return the outcomes in a file, which is read once: what is compared is what is judged."""
+def outcomes(path: Path, expected: str, side: str) -> Outcomes:
+    """Return what the gate's examples came to, of one of `SIDES` of the report at `path`.
+
+    The file is read once: what is compared with the `expected` hash is what is judged.
+
+    Raises:
+        EvidenceError: they are not there, or not the report's.
+    """
+    path = path.parent / EVIDENCE / _name(side)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -102,14 +121,6 @@ def _paired(baseline: Outcomes, candidate: Outcomes) -> None:
         raise EvidenceError("evidence: found other examples on one side, expected the same ones")
     if len(set(baseline.ids)) != len(baseline.ids):
         raise EvidenceError("evidence: found an example twice, expected each of them once")
-
-
-def _stage(stage: Mapping[str, Any]) -> Stage:
-    try:
-        loads = tuple(Load(**load) for load in stage["loads"])
-        return Stage(**{**stage, "score": Score(**stage["score"]), "loads": loads})
-    except (TypeError, KeyError) as error:
-        raise EvidenceError(f"report: found a stage of another form: {error}") from None
 
 
 def _name(side: str) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, Final
 
+from benchmarks.machine import Unavailable
+from exporters import onnx
+
 OPENERS: Final[Mapping[str, str]] = {
     "torch": "pipeline.checkpoint:open_predictor",
     "onnxruntime": "exporters.onnx:open_predictor",
@@ -19,3 +22,24 @@ def opener(runtime: str) -> Callable[..., Any]:
     module, _, function = OPENERS[runtime].partition(":")
     found: Callable[..., Any] = getattr(import_module(module), function)
     return found
+
+
+def check(runtime: str, device: str) -> None:
+    """Make sure that a runtime can use a device of this machine.
+
+    Raises:
+        Unavailable: there is no such device, or the runtime cannot use it.
+        MissingDependency: onnxruntime is not installed.
+    """
+    if runtime == "onnxruntime":
+        providers = onnx.runtime().get_available_providers()
+        if device == "cuda" and onnx.PROVIDERS[device] not in providers:
+            raise Unavailable(
+                f"target.device: found the providers {providers}, expected CUDAExecutionProvider;"
+                " install the extra `gpu` in place of `cpu`"
+            )
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise Unavailable("target.device: found no CUDA device, expected one; use device: cpu")

@@ -1,84 +1,30 @@
-"""The plots of report.html, as SVG elements that lie in the page.
+"""The plots of report.html, drawn from its JSON."""
 
-matplotlib draws, and its global state is as before afterwards. The idea is that one drawing serves
-the light and the dark page: each colour is a placeholder that becomes a CSS variable, the ground is
-transparent, and text stays text, in the page's font. Ids get the plot's name in front, so that many
-drawings can share a page.
-"""
-
-import io
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any
 from xml.etree import ElementTree as ET
 
 from matplotlib import style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
-from pipeline.report import shape
+from pipeline.drawing import (
+    ACCENT,
+    BAD,
+    GOOD,
+    INK,
+    LOOK,
+    MUTED,
+    SERIES,
+    canvas,
+    inline,
+    label_points,
+    name_rows,
+)
+from pipeline.report import baseline, shape
 
 Json = Mapping[str, Any]
-Point = tuple[float, float]
 Plot = tuple[str, str, ET.Element]
 """Title, caption and drawing."""
-
-INK, MUTED, LINE = "#000001", "#000002", "#000003"
-ACCENT, SECOND, GOOD, BAD = "#000004", "#000005", "#000006", "#000007"
-VARIABLES: Final = {
-    INK: "--ink",
-    MUTED: "--muted",
-    LINE: "--line",
-    ACCENT: "--accent",
-    SECOND: "--second",
-    GOOD: "--pass",
-    BAD: "--fail",
-}
-"""Placeholder colour -> CSS variable of the page."""
-
-WIDTH: Final = 4.6
-"""Inches; 331 units of the drawing, about a phone's width, so that 9 units are legible there."""
-LOOK: Final = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "secateur",  # the same ids in every run
-    "text.parse_math": False,  # a stage may be called $x$
-    "font.sans-serif": ["DejaVu Sans"],  # it comes with matplotlib, and is wider than the page's
-    "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-}
-SERIES: Final = ((ACCENT, "o"), (SECOND, "s"), (INK, "D"), (MUTED, "^"))
-"""Colour and marker of each series; the marker tells them apart without colour."""
-
-
-def draw(report: Json) -> Iterable[Plot]:
-    """Yield all plots of a report."""
-    for index, load in enumerate(report["stages"][0]["loads"]):
-        yield draw_trade_off(report, index, load)
-    yield draw_changes(report["stages"])
-    yield draw_gains(report["stages"])
-    yield from draw_amounts(report["stages"])
-
-
-def baseline(report: Json) -> Json:
-    """Return the stage that the others are compared with."""
-    found: Json = next(stage for stage in report["stages"] if stage["name"] == report["baseline"])
-    return found
 
 
 def spent(report: Json) -> float | None:
@@ -90,6 +36,12 @@ def spent(report: Json) -> float | None:
     return None if ratio is None else float(value * ratio)
 
 
+def draw_trade_offs(report: Json) -> Iterable[Plot]:
+    """Yield score against latency for every load."""
+    for index, load in enumerate(report["stages"][0]["loads"]):
+        yield draw_trade_off(report, index, load)
+
+
 def draw_trade_off(report: Json, index: int, load: Json) -> Plot:
     """Return score against latency at the load with this index."""
     stages, metric, limit = report["stages"], baseline(report)["score"]["metric"], spent(report)
@@ -99,13 +51,17 @@ def draw_trade_off(report: Json, index: int, load: Json) -> Plot:
         names,
         [stage["loads"][index]["latency_ms"]["p50"] for stage in stages],
         [stage["score"]["value"] for stage in stages],
+        [_interval(stage["loads"][index]["latency_ms"]) for stage in stages],
         metric=metric.replace("_", " "),
         higher_is_better=baseline(report)["score"]["higher_is_better"],
         baseline=names.index(report["baseline"]),
         limit=limit,
     )
     dashed = "" if limit is None else " Dashed: the budget."
-    caption = f"Up is better, left is faster. Hollow, dotted: the baseline.{dashed}"
+    caption = (
+        "Up is better, left is faster. Hollow, dotted: the baseline. Green: the Pareto front; no"
+        f" stage is faster and as good.{dashed}"
+    )
     return f"Latency and {metric.replace('_', ' ')} at {shape(load)}", caption, svg
 
 
@@ -133,6 +89,16 @@ def draw_gains(stages: Sequence[Json]) -> Plot:
     return "Gain in speed by stage", "With its 95 % interval; right of 1 is faster.", svg
 
 
+def draw_latencies(stages: Sequence[Json]) -> Iterable[Plot]:
+    """Yield how the latencies of every load are spread, where quantiles are known."""
+    for index, load in enumerate(stages[0]["loads"]):
+        found = [stage["loads"][index]["latency_ms"]["quantiles"] for stage in stages]
+        if all(found):
+            title = f"Latencies at {shape(load)}"
+            caption = "Bands hold the middle 20, 40, 60, 80 and 90 % of the calls; the line is p50."
+            yield title, caption, strips(f"spread{index}", _names(stages), found)
+
+
 def draw_amounts(stages: Sequence[Json]) -> Iterable[Plot]:
     """Yield sizes and peak memories, as far as they are known."""
     amounts = {
@@ -153,6 +119,7 @@ def trade_off(
     stages: Sequence[str],
     latencies_ms: Sequence[float],
     scores: Sequence[float],
+    intervals_ms: Sequence[tuple[float, float]],
     *,
     metric: str,
     higher_is_better: bool,
@@ -166,19 +133,24 @@ def trade_off(
         stages: their names.
         latencies_ms: of each stage.
         scores: of each stage.
+        intervals_ms: of the latencies.
         metric: what the scores are.
         higher_is_better: else the axis is turned over.
         baseline: the place of the stage that is drawn hollow.
         limit: the score at which the budget is spent, if there is one.
     """
     with style.context(["default", LOOK]):
-        figure, axes = _canvas(2.9)
+        figure, axes = canvas(2.9)
         axes.grid(visible=True)
         axes.axhline(scores[baseline], color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
         if limit is not None:
             axes.axhline(limit, color=BAD, linewidth=1, linestyle=(0, (5, 3)))
-        axes.plot(latencies_ms, scores, color=ACCENT, linewidth=1.2, alpha=0.45)
+        axes.plot(latencies_ms, scores, color=ACCENT, linewidth=1, alpha=0.35)
+        best = front(latencies_ms, scores, higher_is_better=higher_is_better)
+        steps = [[of_each[place] for place in best] for of_each in (latencies_ms, scores)]
+        axes.plot(*steps, color=GOOD, linewidth=2, alpha=0.8, drawstyle="steps-post")
         for place, (latency, score) in enumerate(zip(latencies_ms, scores, strict=True)):
+            axes.plot(intervals_ms[place], (score, score), color=ACCENT, linewidth=1.4, zorder=3)
             axes.plot(
                 *(latency, score), "o", color=ACCENT, markersize=7, markeredgewidth=1.8, zorder=3,
                 fillstyle="none" if place == baseline else "full",
@@ -189,10 +161,53 @@ def trade_off(
             axes.invert_yaxis()
         axes.set_xlabel("p50 latency, ms")
         axes.set_ylabel(metric)
-        _label_points(figure, axes, stages, list(zip(latencies_ms, scores, strict=True)))
+        label_points(figure, axes, stages, list(zip(latencies_ms, scores, strict=True)))
         points = zip(stages, scores, latencies_ms, strict=True)
         alt = "; ".join(f"{stage}: {score:.4g} at {ms:.3g} ms" for stage, score, ms in points)
-        return _inline(figure, name, f"{metric} against latency. {alt}")
+        return inline(figure, name, f"{metric} against latency. {alt}")
+
+
+def front(
+    latencies_ms: Sequence[float], scores: Sequence[float], *, higher_is_better: bool
+) -> list[int]:
+    """Return the places that no other one beats in both, or in one at equal other, fastest first.
+
+    Of equal ones the first is named.
+    """
+    sign = -1 if higher_is_better else 1
+    found: list[int] = []
+    for place in sorted(range(len(scores)), key=lambda at: (latencies_ms[at], sign * scores[at])):
+        if not found or sign * scores[place] < sign * scores[found[-1]]:
+            found.append(place)
+    return found
+
+
+def strips(name: str, labels: Sequence[str], quantiles: Sequence[Sequence[float]]) -> ET.Element:
+    """Return a strip for each label, the darker the more calls lie there.
+
+    Args:
+        name: the plot's, unique in its page.
+        labels: one a row.
+        quantiles: of each row, in milliseconds, at 0, 5, ..., 100 %.
+    """
+    with style.context(["default", LOOK]):
+        figure, axes = canvas(0.6 + 0.36 * len(labels))
+        axes.grid(visible=True, axis="x")
+        for row, values in enumerate(quantiles):
+            for low in (1, 2, 4, 6, 8):
+                left, right = values[low], values[20 - low]
+                axes.barh(row, right - left, 0.62, left, color=ACCENT, alpha=0.2, linewidth=0)
+            axes.plot((values[10],) * 2, (row - 0.31, row + 0.31), color=INK, linewidth=1.6)
+        axes.set_xlim(0, max(values[19] for values in quantiles) * 1.06)
+        name_rows(axes, labels)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("ms")
+        rows = [
+            f"{label}: {values[10]:.3g} ms, 90 % of the calls from {values[1]:.3g} to"
+            f" {values[19]:.3g}, the slowest {values[20]:.3g}"
+            for label, values in zip(labels, quantiles, strict=True)
+        ]
+        return inline(figure, name, "; ".join(rows))
 
 
 def bars(
@@ -205,7 +220,7 @@ def bars(
 ) -> ET.Element:
     """Return a lying bar for each label, with its text at the end; None is a text alone."""
     with style.context(["default", LOOK]):
-        figure, axes = _canvas(0.3 + 0.31 * len(labels))
+        figure, axes = canvas(0.3 + 0.31 * len(labels))
         places = range(len(labels))
         drawn = axes.barh(places, [value or 0.0 for value in values], 0.62, color=colours)
         axes.bar_label(drawn, labels=list(texts), padding=4, fontsize=9)
@@ -214,11 +229,11 @@ def bars(
         axes.margins(x=0.3 if below else 0.22)
         if not below:
             axes.set_xlim(left=0)
-        _name_rows(axes, labels)
+        name_rows(axes, labels)
         axes.set_xticks([])
         axes.spines[:].set_visible(False)
         alt = "; ".join(f"{label}: {text}" for label, text in zip(labels, texts, strict=True))
-        return _inline(figure, name, alt)
+        return inline(figure, name, alt)
 
 
 def intervals(
@@ -237,7 +252,7 @@ def intervals(
         what: the ratio's name.
     """
     with style.context(["default", LOOK]):
-        figure, axes = _canvas(0.95 + len(labels) * max(0.31, 0.16 * len(series)))
+        figure, axes = canvas(0.95 + len(labels) * max(0.31, 0.16 * len(series)))
         axes.grid(visible=True, axis="x")
         axes.axvline(1, color=MUTED, linewidth=1)
         for index, (title, ratios) in enumerate(series.items()):
@@ -250,7 +265,7 @@ def intervals(
                 *(values, [place + offset for place in range(len(labels))]), xerr=[below, above],
                 fmt=marker, color=colour, markersize=5, linewidth=1.6, capsize=2.5, label=title,
             )  # fmt: skip
-        _name_rows(axes, labels)
+        name_rows(axes, labels)
         axes.spines[:].set_visible(False)
         axes.set_xlabel(what)
         axes.margins(x=0.08)
@@ -263,105 +278,15 @@ def intervals(
             for title, ratios in series.items()
             for label, (value, low, high) in zip(labels, ratios, strict=True)
         ]
-        return _inline(figure, name, f"{what}. {'; '.join(rows)}")
+        return inline(figure, name, f"{what}. {'; '.join(rows)}")
+
+
+def _interval(latency: Json) -> tuple[float, float]:
+    """Return the interval of p50, or where it is not known the value alone."""
+    low, high = latency["intervals"].get("p50", (None, None))
+    value = latency["p50"]
+    return value if low is None else low, value if high is None else high
 
 
 def _names(stages: Sequence[Json]) -> list[str]:
     return [stage["name"] for stage in stages]
-
-
-def _canvas(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH, height), dpi=72, layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Write a label before each row, the first one on top."""
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_yticks(range(len(labels)), [_short(label) for label in labels], color=INK)
-    axes.tick_params(length=0)
-
-
-def _label_points(
-    figure: Figure, axes: Axes, labels: Sequence[str], points: Sequence[Point]
-) -> None:
-    """Write each label near its point, where it covers no other label or point.
-
-    Of such places the one is best that covers least of the line that joins the points. A label that
-    had to go far gets a thin line to its point.
-    """
-    figure.draw_without_rendering()  # lays out, so that pixels are known
-    frame, pixels = axes.get_window_extent(), axes.transData.transform(points)
-    taken = [_box(pixel, 9, 9) for pixel in pixels]
-    joined = [
-        _box(start + (end - start) * step / 20, 2, 2)
-        for start, end in pairwise(pixels)
-        for step in range(21)
-    ]
-
-    def cost(box: Bbox) -> int:
-        inside = (
-            frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-        )
-        return 100 * box.count_overlaps(taken) + 50 * (not inside) + box.count_overlaps(joined)
-
-    for label, point, (x, y) in zip(labels, points, pixels, strict=True):
-        text = axes.annotate(_short(label), point, fontsize=9, ha="center", va="center")
-        extent = text.get_window_extent()
-        places = [
-            (
-                right * (extent.width / 2 + 7 * far),
-                up * (extent.height / 2 + 7 * far),
-                far,
-            )
-            for far in (1, 2, 4, 6)
-            for right, up in (
-                (1, 0),
-                (-1, 0),
-                (0, 1),
-                (0, -1),
-                (1, 1),
-                (-1, 1),
-                (1, -1),
-                (-1, -1),
-            )
-        ]
-        boxes = [_box((x + dx, y + dy), extent.width, extent.height) for dx, dy, _ in places]
-        best = min(range(len(boxes)), key=lambda place: cost(boxes[place]))
-        taken.append(boxes[best])
-        dx, dy, far = places[best]
-        place = tuple(axes.transData.inverted().transform((x + dx, y + dy)))
-        text.set_position(place)
-        if far > 1:
-            line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkB": 4}
-            axes.annotate("", point, place, arrowprops=line)
-
-
-def _box(centre: Sequence[float], width: float, height: float) -> Bbox:
-    x, y = centre
-    return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
-
-
-def _short(text: str, longest: int = 14) -> str:
-    """Return a text that fits, in the characters that the drawing's font is sure to have."""
-    plain = "".join(c if c.isascii() and c.isprintable() else "?" for c in text)
-    return plain if len(plain) <= longest else plain[: longest - 2] + ".."
-
-
-def _inline(figure: Figure, name: str, alt: str) -> ET.Element:
-    """Return the figure as an element for the page, described by `alt`."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, f"var({variable})")
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    svg = ET.fromstring(text)  # noqa: S314 - our own drawing
-    for element in svg.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for key in [key for key in element.attrib if "}" in key]:  # xlink:href
-            element.set(key.rpartition("}")[2], element.attrib.pop(key))
-        for child in [child for child in element if child.tag.endswith(("}metadata", "}style"))]:
-            element.remove(child)
-    svg.attrib = {"viewBox": svg.attrib["viewBox"], "role": "img", "aria-label": alt}
-    return svg

@@ -101,12 +101,14 @@ def prune_layers(model: PreTrainedModel, layers: Iterable[int | str]) -> None:
 class Choice:
     """What `choose_and_cut` did: scores before, units removed, and repair errors (before, after).
 
-    All by module path; the removed units are numbers in the unpruned model.
+    All by module path; `scored` are the units that the scores are of. Units are numbers in the
+    unpruned model.
     """
 
     scores: dict[str, list[float]]
     removed: dict[str, list[int]]
     repairs: dict[str, tuple[float, float]]
+    scored: dict[str, list[int]]
 
 
 def choose_and_cut(
@@ -148,7 +150,7 @@ def choose_and_cut(
     selfcheck.ensure(model)
     groups = [g for g in structure.groups(model) if g.kept and fractions.get(g.kind)]
     if not groups:
-        return Choice({}, {}, {})
+        return Choice({}, {}, {}, {})
     refuse_repair(groups, repair)
     known = gather(model, groups, criterion, data, seed=seed, total=total, track=track)
     scores = dict(learned or score(model, groups, criterion, known, data, total=total, track=track))
@@ -173,7 +175,8 @@ def choose_and_cut(
     removed = {g.path: [g.kept[at] for at in lowest[g.path].sort().values] for g in cut}
     for group in cut:
         cut_and_write(model, group, places[group.path], weights.get(group.path))
-    return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs)
+    scored = {group.path: list(group.kept) for group in groups}
+    return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs, scored)
 
 
 def refuse_repair(groups: Iterable[Group], repair: str) -> None:

@@ -63,3 +63,12 @@ def read_yaml(path: Path, needs: str) -> dict[str, Any]:
         if isinstance(value, dict | list):
             waiting.extend(value.values() if isinstance(value, dict) else value)
     return content
+
+
+def stage_names(steps: Sequence[str]) -> tuple[str, ...]:
+    """Return the name of every step's stage: the step's, with a number from the second on."""
+    names: list[str] = []
+    for step in steps:
+        count = sum(name.partition("-")[0] == step for name in names) + 1
+        names.append(step if count == 1 else f"{step}-{count}")
+    return tuple(names)

@@ -16,7 +16,7 @@ from benchmarks.tasks import TASKS
 from pipeline.budget import Budget
 from pipeline.mistakes import explain
 from pipeline.quantization import METHODS
-from pipeline.reading import Positive, RecipeError, Strict, read_yaml, unknown
+from pipeline.reading import Positive, RecipeError, Strict, read_yaml, stage_names, unknown
 from pipeline.settings import (
     INNER,
     STEPS,
@@ -131,11 +131,7 @@ class Recipe(Strict):
     @property
     def stage_names(self) -> tuple[str, ...]:
         """The name of every step's stage: the step's, with a number from the second on."""
-        names: list[str] = []
-        for step in self.steps:
-            count = sum(name.partition("-")[0] == step.step for name in names) + 1
-            names.append(step.step if count == 1 else f"{step.step}-{count}")
-        return tuple(names)
+        return stage_names([step.step for step in self.steps])
 
     @property
     def baseline_at(self) -> int:

@@ -1,15 +1,21 @@
 """What a run returns: the stages with what was measured of each, and the verdict.
 
 The dataclasses are the schema of report.json: units in names, fractions never per cent, None where
-a number is not known. page.py makes the HTML page of the same JSON.
+a number is not known. report.schema.json, made of them, is for other programs. page.py makes the
+HTML page of the same JSON.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
-SCHEMA: Final = 2
+from benchmarks.figures import Percentiles, Ratio
+from benchmarks.outcomes import Fidelity
+
+SCHEMA: Final = 3
+READ: Final = (2, SCHEMA)
+"""The schemas that can still be read: 3 only adds to 2."""
 STALLED: Final = "cpu_stalled_before_and_after"
 
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -29,18 +35,17 @@ class Score:
 class Load:
     """Speed at one input shape.
 
-    `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's,
-    each with `value`, `low` and `high` at 95 %. `first_call_ms` is that of the first call at this
-    shape, in a fresh process.
+    `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's;
+    `first_call_ms` is that of the first call at this shape, in a fresh process.
     """
 
     batch: int
     sequence: int | None
-    latency_ms: Mapping[str, float | int | None]
+    latency_ms: Percentiles
     first_call_ms: float
     throughput_per_s: float
-    speedup: Mapping[str, float]
-    gain: Mapping[str, float]
+    speedup: Ratio
+    gain: Ratio
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Stage:
     parameters: int
     size_bytes: int
     score: Score
-    fidelity: Mapping[str, float | int | None]
+    fidelity: Fidelity
     loads: tuple[Load, ...]
     memory: Mapping[str, int | None]
     load_seconds: float
@@ -118,6 +123,29 @@ class Report:
     def to_json(self) -> str:
         """Return report.json."""
         return json.dumps(asdict(self), indent=2, allow_nan=False)
+
+
+def json_schema() -> str:
+    """Return the JSON Schema of report.json, as report.schema.json holds it."""
+    from pydantic import TypeAdapter
+
+    found = TypeAdapter(Report).json_schema(mode="serialization")
+    for kind in (found, *found["$defs"].values()):
+        kind["description"] = " ".join(kind["description"].split())
+        for described in kind["properties"].values():
+            described.pop("title", None)  # it says what the name says
+    found["properties"]["schema"] = {"const": SCHEMA}
+    found["required"].append("schema")
+    found = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found
+    return json.dumps(found, indent=2) + "\n"
+
+
+def baseline(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the stage that the others are compared with."""
+    found: Mapping[str, Any] = next(
+        stage for stage in report["stages"] if stage["name"] == report["baseline"]
+    )
+    return found
 
 
 def table(
@@ -236,7 +264,11 @@ def check_line(check: Mapping[str, Any]) -> str:
 
 def stage_table(report: Mapping[str, Any]) -> str:
     """Return the stage table in Markdown."""
-    header, rows = table(report)
+    return markdown_table(*table(report))
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -249,15 +281,40 @@ def evidence(report: Mapping[str, Any]) -> str:
     return f"{where}, {target['runtime']} on {target['device']}; {examples} examples judged."
 
 
+def result(report: Mapping[str, Any]) -> str:
+    """Return what came out, compared with the baseline, in one sentence."""
+    base, last = baseline(report), report["stages"][-1]
+    speed = ", ".join(
+        f"{load['speedup']['value']:.2f}\u00d7 at {shape(load)}" for load in last["loads"]
+    )
+    metric = base["score"]["metric"]
+    before, after = base["score"]["value"], last["score"]["value"]
+    change = f"stayed at {after:#.4g}"
+    if after != before:
+        verb = "fell" if after < before else "rose"
+        change = f"{verb} by {abs(after - before):.3g}, from {before:#.4g} to {after:#.4g}"
+    return (
+        f"Against {base['name']}, {last['name']} has"
+        f" {last['size_bytes'] / base['size_bytes']:.0%} of the size and a speed of {speed};"
+        f" {metric.replace('_', ' ')} {change}."
+    )
+
+
 def markdown(report: Mapping[str, Any]) -> str:
-    """Return report.md, fit for a pull request."""
+    """Return report.md, fit for a pull request: what a reviewer needs, the rest folded away."""
+    told = report["stages"][-1]["fidelity"]
+    flips = "" if told["flips"] is None else f" {told['flips']} examples flipped"
+    if told.get("broken") is not None:  # schema 2 has none
+        flips += f", {told['broken']} of them to wrong"
     lines = [f"# secateur: {report['verdict']['outcome']}", ""]
+    lines += [result(report) + (flips and f"{flips}."), ""]
     lines += [f"- {check_line(check)}" for check in report["verdict"]["checks"]]
-    lines += ["", stage_table(report), "", f"Compared with the stage `{report['baseline']}`."]
-    lines += [
-        f"- {stage['name']}: {'; '.join(notes(stage))}"
-        for stage in report["stages"]
-        if notes(stage)
-    ]
-    lines += [busy_note(report), "", evidence(report), ""]
+    lines += ["", stage_table(report), ""]
+    if note := busy_note(report):
+        lines += [f"**{note}**", ""]
+    lines += [f"Speedup and flips against `{report['baseline']}`. {evidence(report)}", ""]
+    lines += ["<details><summary>What each stage did</summary>", ""]
+    for stage in report["stages"]:
+        lines.append(f"- {stage['name']}: {'; '.join((step_words(stage['step']), *notes(stage)))}")
+    lines += ["", "</details>", ""]
     return "\n".join(lines)

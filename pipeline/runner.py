@@ -12,12 +12,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.accuracy import Track, silent
-from benchmarks.machine import Unavailable
-from exporters import onnx, tensorrt
-from pipeline import artifact, bnb, ci, gate, judging, processes, schedules, sources, steps
+from exporters import tensorrt
+from pipeline import artifact, bnb, ci, gate, judging, openers, processes, schedules, sources, steps
 from pipeline.page import page
 from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
@@ -154,15 +151,7 @@ def check_target(recipe: Recipe) -> None:
             tensorrt.available(steps.engine_settings(step))
         if isinstance(step, Quantize) and step.in_torch:
             bnb.library()
-    if target.runtime == "onnxruntime":
-        providers = onnx.runtime().get_available_providers()
-        if target.device == "cuda" and "CUDAExecutionProvider" not in providers:
-            raise Unavailable(
-                f"target.device: found the providers {providers}, expected CUDAExecutionProvider;"
-                " install the extra `gpu` in place of `cpu`"
-            )
-    if target.device == "cuda" and not torch.cuda.is_available():
-        raise Unavailable("target.device: found no CUDA device, expected one; use device: cpu")
+    openers.check(target.runtime, target.device)
 
 
 def _compress(work: Work) -> list[Artifact]:

@@ -221,7 +221,8 @@ def _iterate(work: Work, step: Prune, before: Artifact, teacher: Artifact | None
         now = replace(now, entry=entry)
         for path, units in cut["details"]["removed"].items():
             details["removed"][path] = sorted([*details["removed"].get(path, []), *units])
-        details.setdefault("scores", cut["details"]["scores"])
+        for name in ("scores", "scored"):  # of the first round, which saw all of them
+            details.setdefault(name, cut["details"][name])
         kept = ("dropped_layers", "dropped_sublayers", "repairs")
         details |= {name: cut["details"][name] for name in kept if name in cut["details"]}
     if not rounds:
@@ -301,7 +302,11 @@ def _details(model: PreTrainedModel, choice: pruning.Choice) -> dict[str, Any]:
     heads = pruning.units(model).heads
     found: dict[str, Any] = {
         what: {path: units for path, units in of_each.items() if path in heads}
-        for what, of_each in (("scores", choice.scores), ("removed", choice.removed))
+        for what, of_each in (
+            ("scores", choice.scores),
+            ("scored", choice.scored),
+            ("removed", choice.removed),
+        )
     }
     return found | {"repairs": choice.repairs}
 

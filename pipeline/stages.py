@@ -100,7 +100,7 @@ def _stage(work: Work, artifact: Artifact, alone: Alone, baseline: Outcomes) -> 
             len(alone.outcomes.ids),
             metric.higher_is_better,
         ),
-        fidelity=asdict(fidelity(baseline, alone.outcomes, right)),
+        fidelity=fidelity(baseline, alone.outcomes, right),
         loads=(),
         memory={
             "peak_rss_bytes": alone.peak_rss_bytes,
@@ -127,11 +127,11 @@ def _loads(
             Load(
                 batch=batch,
                 sequence=sequence if "sequence" in bench.task.axes else None,
-                latency_ms=asdict(speed.percentiles(calls)),
+                latency_ms=speed.percentiles(calls),
                 first_call_ms=alone.first_call_ms[at],
                 throughput_per_s=batch * 1e3 / float(np.mean(calls)),
-                speedup=asdict(speed.ratio(first[at], this[at])),
-                gain=asdict(speed.ratio(previous[at], this[at])),
+                speedup=speed.ratio(first[at], this[at]),
+                gain=speed.ratio(previous[at], this[at]),
             )
         )
     return tuple(loads)
@@ -140,14 +140,14 @@ def _loads(
 def _gain_note(before: Stage, stage: Stage) -> str:
     """Say what a step gained over the stage before, or that it did not pay."""
     gains = [
-        f"{load.gain['value']:.2f}x faster at {shape(asdict(load))}"
+        f"{load.gain.value:.2f}x faster at {shape(asdict(load))}"
         for load in stage.loads
-        if load.gain["low"] > 1 + NOTABLE
+        if load.gain.low > 1 + NOTABLE
     ]
     gains += [
-        f"slower at {shape(asdict(load))}: {load.gain['value']:.2f}x as fast"
+        f"slower at {shape(asdict(load))}: {load.gain.value:.2f}x as fast"
         for load in stage.loads
-        if load.gain["high"] < 1 - NOTABLE
+        if load.gain.high < 1 - NOTABLE
     ]
     for what, now, then in (
         ("size", stage.size_bytes, before.size_bytes),

@@ -1,6 +1,6 @@
 """What a user sees in the terminal: tables, verdicts, bars."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -17,6 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:  # it imports torch
+    from pipeline.comparison import Comparison
     from pipeline.inspection import Inspection
     from pipeline.inventory import Item
 
@@ -35,15 +36,8 @@ def show_report(text: str, folder: Path) -> None:
     from pipeline.report import busy_note, notes, table
 
     report = json.loads(text)
-    header, rows = table(report, intervals=False)
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    shown.add_column(header[0], no_wrap=True)
-    for name in header[1:]:
-        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
     out.print()
-    out.print(shown)
+    _show_table(*table(report, intervals=False))
     for stage in report["stages"]:
         if lines := notes(stage):
             out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
@@ -55,6 +49,39 @@ def show_report(text: str, folder: Path) -> None:
     kept = "artifact" if outcome == "pass" else "not published, last stage"
     out.print(f"{kept}: {escape(report['artifact'])}", soft_wrap=True)
     out.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+
+
+def show_comparison(found: "Comparison", names: tuple[str, str]) -> None:
+    """Show what two runs were asked for, and what came out, and what that comes to."""
+    from pipeline.comparison import SIDES, results, warnings
+
+    for side, name, report in zip(SIDES, names, found.reports, strict=True):
+        outcome = report["verdict"]["outcome"]
+        text = f"{side}: {escape(name)}: [{COLOURS[outcome]}]{outcome}[/]"
+        out.print(f"{text} against {escape(report['baseline'])}", soft_wrap=True)
+    out.print()
+    for name, *values in found.differences:
+        out.print(escape(f"{name}: {' | '.join(values)}"), soft_wrap=True)
+    if not found.differences:
+        out.print("the same recipe, data, machine and versions")
+    out.print()
+    _show_table(found.header, found.rows)
+    out.print("\nthe result of b against that of a")
+    for line in results(found):
+        out.print(f"  {escape(line)}", soft_wrap=True)
+    for line in warnings(found):
+        out.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
+
+
+def _show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Show a table whose first column is a name, and the others numbers."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column(header[0], no_wrap=True)
+    for name in header[1:]:
+        shown.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    out.print(shown)
 
 
 def show_verdict(report: Mapping[str, Any]) -> None:
@@ -147,6 +174,95 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def show_bench(found: Mapping[str, Any]) -> None:
+    """Show what was measured of artifacts beside one another."""
+    from pipeline.report import BUSY
+
+    artifacts = found["artifacts"]
+    _show(
+        ("artifact", "runtime", "MB", "parameters", "load s", "peak MB"),
+        [
+            (
+                each["name"],
+                each["runtime"],
+                f"{each['size_bytes'] / 1e6:.2f}",
+                _or_dash("{:,}", each["parameters"]),
+                f"{each['load_seconds']:.2f}",
+                f"{each['peak_rss_bytes'] / 1e6:.0f}",
+            )
+            for each in artifacts
+        ],
+    )
+    for at, first in enumerate(artifacts[0]["results"]):
+        shape = f"{first['batch']}x{first['sequence']}"
+        out.print(
+            f"\n[bold]{found['settings']['scenario']}, {shape}[/], {first['turns']} turns each"
+        )
+        results = [(each["name"], each["results"][at]) for each in artifacts]
+        for columns in (TIMES, WORK):
+            there = [name for name in columns if _cell(columns, name, first) is not None]
+            if there:
+                _show(
+                    ("artifact", *there),
+                    [
+                        (name, *(_cell(columns, each, result) or "-" for each in there))
+                        for name, result in results
+                    ],
+                )
+    stalled = found["machine"]["stalled"]["cpu"]
+    if stalled is not None and stalled > BUSY:
+        out.print(
+            f"[yellow]the machine was busy: tasks waited {stalled:.0%} of the time for a core[/]"
+        )
+
+
+def _show(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for at, name in enumerate(header):
+        shown.add_column(name.replace(" ", "\n"), justify="right" if at else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    out.print(shown)
+
+
+Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
+
+
+def _cell(columns: Columns, name: str, result: Mapping[str, Any]) -> str | None:
+    """Return what a column shows of a result, None where it has no such thing."""
+    try:
+        return columns[name](result)
+    except (KeyError, TypeError):
+        return None
+
+
+def _or_dash(pattern: str, value: object) -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+TIMES: Final[Columns] = {
+    "instances": lambda r: f"{r['instances']}, batch {r['batch']}",
+    "p50 ms": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p50"]),
+    "p90": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p90"]),
+    "p95": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p95"]),
+    "p99": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p99"]),
+    "first token ms": lambda r: _or_dash("{:.2f}", r["first_token_ms"]["p50"]),
+    "other tokens ms": lambda r: _or_dash("{:.2f}", r["token_ms"]["p50"]),
+    "tokens per s": lambda r: f"{r['tokens_per_s']:.1f}",
+    "per s": lambda r: f"{r['throughput_per_s']:.1f}",
+    "LoadGen p50": lambda r: f"{r['loadgen']['result_50.00_percentile_latency_ns'] / 1e6:.2f}",
+    "LoadGen per s": lambda r: f"{r['loadgen']['result_samples_per_second']:.1f}",
+    "speed": lambda r: "{value:.2f} ({low:.2f}-{high:.2f})".format(**r["ratio"]),
+    "verdict": lambda r: r["verdict"],
+}
+WORK: Final[Columns] = {
+    "million multiply-adds": lambda r: f"{sum(r['multiply_adds'].values()) / 1e6:,.1f}",
+    "of peak rate": lambda r: f"{r['limit']['compute']:.0%}",
+    "of reading weights": lambda r: f"{r['limit']['weights']:.0%}",
+    "joules": lambda r: f"{r['joules_per_turn']:.2f}",
+}
+
+
 class Bars:
     """A `track` that shows a bar for every iteration that lasts."""
 
@@ -154,8 +270,14 @@ class Bars:
         self._shown = shown
 
     def __call__(self, items: Iterable[T], what: str, total: int) -> Iterable[T]:
-        """Yield the items, the bar one further after each."""
-        yield from self._shown.track(items, total=total, description=what)
+        """Yield the items, the bar one further after each; it stands still if they are not all."""
+        task = self._shown.add_task(what, total=total)
+        try:
+            for item in items:
+                yield item
+                self._shown.advance(task)
+        finally:
+            self._shown.stop_task(task)
 
 
 def progress() -> Progress:

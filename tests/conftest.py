@@ -17,7 +17,7 @@ import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.worker import Worker
 from pipeline.cli import main
 
 SIZES = {
@@ -430,3 +431,19 @@ def built_ahead(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]
         budget={"max_drop": 0.9},
     )
     return folder, run(path, folder / "out")
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
+    """Give a function that opens a worker on one of the known predictors."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    started: list[Worker] = []
+
+    def open_(name: str, folder: str = "x") -> Worker:
+        worker = Worker(f"known_predictors:{name}", Path(folder), device="cpu", threads=1)
+        started.append(worker)
+        return worker
+
+    yield open_
+    for worker in started:
+        worker.close()

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy.stats import multinomial, norm
 
+from benchmarks.figures import Percentiles, Ratio
 from benchmarks.metrics import METRICS
+from benchmarks.outcomes import Fidelity
 from pipeline import gate
 from pipeline.gate import EvidenceError, check_ratio, check_score, check_speedup
 from pipeline.report import Check, Load, Score, Stage
@@ -166,7 +168,7 @@ def test_one_example_of_a_mean_is_an_error():
     [(1.6, 1.9, "pass"), (1.2, 1.4, "fail"), (1.4, 1.6, "inconclusive"), (1.5, 1.6, "pass")],
 )
 def test_a_speedup_passes_by_its_lower_bound(low, high, outcome):
-    assert check_speedup("1x128", {"value": 1.5, "low": low, "high": high}, 1.5).outcome == outcome
+    assert check_speedup("1x128", Ratio(1.5, low, high), 1.5).outcome == outcome
 
 
 def test_a_size_is_exact():
@@ -202,11 +204,11 @@ class Limits:
 
 
 def stage(size: int, peak: int | None, speedup: float) -> Stage:
-    ratio = {"value": speedup, "low": speedup - 0.1, "high": speedup + 0.1}
-    load = Load(8, 128, {"p50": 1.0}, 1.0, 1.0, ratio, ratio)
+    ratio = Ratio(speedup, speedup - 0.1, speedup + 0.1)
+    load = Load(8, 128, Percentiles(1.0, None, None, None, 1), 1.0, 1.0, ratio, ratio)
     memory = {"peak_rss_bytes": peak}
-    return Stage("s", None, "onnx", "r", "f", 0, 1, size, Score("accuracy", 1, 1), {}, (load,),
-                 memory, 0, (), (), ())  # fmt: skip
+    return Stage("s", None, "onnx", "r", "f", 0, 1, size, Score("accuracy", 1, 1),
+                 Fidelity(1.0, None, None), (load,), memory, 0, (), (), ())  # fmt: skip
 
 
 def test_every_limit_that_is_set_is_checked():

@@ -19,6 +19,8 @@ from pipeline.judging import hashes, judge_again, keep
 from pipeline.reading import RecipeError
 from pipeline.runner import run
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
@@ -50,6 +52,34 @@ def test_the_verdict_is_reached_again_to_the_byte(report):
     assert json.dumps(again["verdict"]) == json.dumps(written["verdict"])
 
 
+def test_what_a_run_writes_is_of_the_published_schema(report):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "pipeline" / "report.schema.json").read_text())
+    written = json.loads(report.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    valid = jsonschema.Draft202012Validator(schema)
+    assert valid.is_valid(written)
+    assert not valid.is_valid(written | {"schema": 2})
+    del written["stages"][1]["loads"][0]["latency_ms"]["p50"]
+    (mistake,) = valid.iter_errors(written)
+    assert mistake.message == "'p50' is a required property"
+
+
+def test_a_report_of_the_schema_before_is_judged_alike(report):
+    written = json.loads(report.read_text())
+    added = {"latency_ms": ("effective_samples", "intervals", "quantiles"),
+             "fidelity": ("broken", "mended", "kl_p99", "margin", "close", "perplexities",
+                          "perplexity_ratios")}  # fmt: skip
+    for stage in written["stages"]:
+        for part in (stage, *stage["loads"]):
+            for name in added.keys() & part.keys():
+                part[name] = {k: v for k, v in part[name].items() if k not in added[name]}
+    edit(report, schema=2, stages=written["stages"])
+    again = judge_again(report)
+    assert again["verdict"] == written["verdict"]
+    assert "examples flipped." in ci.summary(again)
+
+
 def test_another_budget_has_another_verdict(report):
     assert judge_again(report, Budget(max_size=2.0))["verdict"]["outcome"] == "pass"
     found = judge_again(report, Budget(max_size=0.01))
@@ -71,7 +101,7 @@ def test_the_command_needs_no_torch_and_has_the_verdicts_status(report, tmp_path
     done = subprocess.run(
         [sys.executable, "-c", script, "gate", tmp_path, "--budget", tmp_path / "budget.yaml",
          "--junit", tmp_path / "junit.xml", "--github"],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, check=False, cwd=ROOT,
         env=os.environ | {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")},
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
@@ -128,12 +158,13 @@ def nan(report):
 BAD = {
     "no report": (lambda r: r.unlink(), "report.json: no such file"),
     "no json": (lambda r: r.write_text("{"), "report.json: cannot be read"),
-    "a list": (lambda r: r.write_text("[]"), "found the schema list, expected 2"),
-    "another schema": (lambda r: edit(r, schema=1), "found the schema 1, expected 2"),
+    "a list": (lambda r: r.write_text("[]"), "found the schema list, expected 2 or 3"),
+    "another schema": (lambda r: edit(r, schema=1), "found the schema 1, expected 2 or 3"),
     "no stages": (lambda r: edit(r, stages=[]), "found nothing under stages"),
     "one side": (lambda r: edit(r, evidence={"baseline": "0"}), "nothing under evidence.candidate"),
     "no budget": (lambda r: edit(r, recipe={"task": {}}), "found no budget in its recipe"),
-    "a stage of another form": (lambda r: edit(r, stages=[{"name": "x"}]), "a stage of another"),
+    "a stage of another form": (
+        lambda r: edit(r, stages=[{"name": "x"}]), "stages.0.step: Field required"),
     "no outcomes": (
         lambda r: (r.parent / "evidence" / "candidate.safetensors").unlink(), "belongs beside"),
     "better outcomes": (other_outcomes, "found other outcomes than the report's"),

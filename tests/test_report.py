@@ -1,7 +1,10 @@
 """The tables and the words of a report."""
 
 import json
+from pathlib import Path
 
+from benchmarks.figures import Percentiles, Ratio
+from benchmarks.outcomes import Fidelity
 from pipeline.report import (
     SAME,
     Check,
@@ -12,14 +15,15 @@ from pipeline.report import (
     Verdict,
     busy_note,
     check_line,
+    json_schema,
     markdown,
     notes,
     shape,
     table,
 )
 
-LATENCY = {"p50": 9.15, "p90": 9.6, "p95": None, "p99": None, "samples": 40}
-SPEEDUP = {"value": 2.0, "low": 1.9, "high": 2.1}
+LATENCY = Percentiles(p50=9.15, p90=9.6, p95=None, p99=None, samples=40)
+SPEEDUP = Ratio(2.0, 1.9, 2.1)
 
 
 def report() -> dict:
@@ -34,7 +38,7 @@ def report() -> dict:
         parameters=22_700_000,
         size_bytes=76_800_000,
         score=Score("accuracy", 0.91, 2000),
-        fidelity={"agreement": 0.98, "flips": None, "kl_mean": 0.01},
+        fidelity=Fidelity(agreement=0.98, flips=None, kl_mean=0.01),
         loads=(load,),
         memory={"peak_rss_bytes": None, "import_floor_bytes": None, "device_peak_bytes": None},
         load_seconds=0.2,
@@ -48,7 +52,7 @@ def report() -> dict:
         recipe={"target": {"threads": 2, "runtime": "onnxruntime", "device": "cpu"}},
         machine={"cpu": "a CPU", "cores": 4},
         data={"examples": {"gate": 2000}},
-        baseline="original",
+        baseline="prune",
         stages=(stage,),
         verdict=Verdict("pass", (check,)),
         artifact="out/artifact",
@@ -68,7 +72,23 @@ def test_markdown_says_verdict_checks_and_machine():
     assert text.startswith("# secateur: pass\n")
     assert "speedup at 8x128: 2 (1.9 to 2.1), at least 1.5: pass" in text
     assert "| prune | 0.9100 |" in text
+    assert "Against prune, prune has 100% of the size and a speed of 2.00\u00d7 at 8x128" in text
+    assert "- prune: prune; 2.00x faster at 8x128" in text
+    assert "flipped" not in text
     assert "a CPU, 2 of 4 cores, onnxruntime on cpu; 2000 examples judged." in text
+
+
+def test_markdown_says_what_flipped_and_that_the_machine_was_busy():
+    sample = report()
+    sample["stages"][0]["fidelity"] |= {"flips": 30, "broken": 20, "mended": 10}
+    sample["machine"]["cpu_stalled_before_and_after"] = [0.05, 0.4]
+    assert "30 examples flipped, 20 of them to wrong.\n" in markdown(sample)
+    assert "**the machine was busy while speed was measured" in markdown(sample)
+
+
+def test_the_published_schema_is_that_of_the_dataclasses():
+    published = Path(__file__).parents[1] / "pipeline" / "report.schema.json"
+    assert published.read_text() == json_schema(), "make schema"
 
 
 def test_a_check_says_what_is_allowed():

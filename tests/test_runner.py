@@ -31,6 +31,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from benchmarks.figures import Ratio
 from benchmarks.outcomes import Outcomes
 from exporters.onnx.generation import open_generator
 from pipeline import Recipe, from_pretrained, run, units
@@ -97,12 +98,12 @@ def test_the_report_counts_what_was_cut(finished):
 def test_the_untrained_speeds_are_ratios_of_one_interleaved_run(finished):
     _, report = finished
     first = report.stages[0].loads[0]
-    assert first.speedup == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert first.speedup == Ratio(1.0, 1.0, 1.0)
     for stage in report.stages:
         (load,) = stage.loads
-        assert load.latency_ms["samples"] == 12
-        assert load.latency_ms["p90"] is None
-        assert load.speedup["low"] <= load.speedup["value"] <= load.speedup["high"]
+        assert load.latency_ms.samples == 12
+        assert load.latency_ms.p90 is None
+        assert load.speedup.low <= load.speedup.value <= load.speedup.high
     assert report.stages[3].loads[0].speedup == report.stages[4].loads[0].speedup
 
 
@@ -219,8 +220,8 @@ def test_token_classification_runs(tmp_path):
     report = run(Recipe.model_validate(recipe), tmp_path / "out")
     assert report.stages[0].score.metric == "entity_f1"
     assert report.verdict.checks[0].what == "entity_f1 drop"
-    assert report.stages[0].fidelity["flips"] is None
-    assert report.stages[-1].fidelity["agreement"] > 0.5
+    assert report.stages[0].fidelity.flips is None
+    assert report.stages[-1].fidelity.agreement > 0.5
 
 
 def test_question_answering_runs(tmp_path):

@@ -1,76 +1,23 @@
 """A worker measures in its own process; whatever happens to it is a clear error."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+from known_predictors import INPUTS
 
 from benchmarks import worker as workers
 from benchmarks.accuracy import evaluate
 from benchmarks.examples import Example, Window
 from benchmarks.outcomes import Outcomes, fidelity
-from benchmarks.speed import compare, percentiles, ratio
+from benchmarks.speed import compare, effective_samples, percentiles, ratio
 from benchmarks.tasks import TASKS
-from benchmarks.worker import Worker, WorkerError, next_token
-
-# Predictors of known cost and behaviour, opened in the worker by name.
-PREDICTORS = """
-import os, time
-import numpy as np
-
-def sleeper(folder, *, device, threads):
-    seconds = float(folder.name)
-    def predict(inputs):
-        time.sleep(seconds)
-        return {"logits": np.eye(2, dtype=np.float32)[inputs["input_ids"][:, 0] % 2]}
-    return predict
-
-def eater(folder, *, device, threads):
-    size = int(folder.name) << 20
-    def predict(inputs):
-        np.ones(size, np.uint8)
-        return {}
-    return predict
-
-def talker(folder, *, device, threads):
-    print("a library prints")
-    return lambda inputs: print("and again") or {"logits": np.zeros((1, 2), np.float32)}
-
-def crasher(folder, *, device, threads):
-    def predict(inputs):
-        raise RuntimeError("the runtime gave up")
-    return predict
-
-def killed(folder, *, device, threads):
-    return lambda inputs: os.kill(os.getpid(), 9)
-
-def broken(folder, *, device, threads):
-    raise ValueError("no such artifact")
-
-def hanging(folder, *, device, threads):
-    return lambda inputs: time.sleep(60)
-"""
-INPUTS = {"input_ids": np.asarray([[1, 2, 3]])}
-
-
-@pytest.fixture
-def opened(tmp_path, monkeypatch):
-    """Give a function that opens a worker on one of the predictors above."""
-    (tmp_path / "known_predictors.py").write_text(PREDICTORS)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    started: list[Worker] = []
-
-    def open_(name: str, folder: str = "x") -> Worker:
-        worker = Worker(f"known_predictors:{name}", Path(folder), device="cpu", threads=1)
-        started.append(worker)
-        return worker
-
-    yield open_
-    for worker in started:
-        worker.close()
+from benchmarks.worker import WorkerError, next_token
 
 
 def test_latency_is_the_time_of_the_call(opened):
@@ -132,6 +79,31 @@ def test_a_hung_call_is_an_error_and_leaves_no_process(opened, monkeypatch):
     assert not [line for line in lines if "hanging" in line]
 
 
+def test_a_killed_parent_leaves_no_worker():
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+    )  # fmt: skip
+    worker = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    psutil.wait_procs([worker], timeout=10)
+    assert not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE
+
+
+PARENT = """
+import threading
+from pathlib import Path
+from known_predictors import INPUTS
+from benchmarks.worker import Worker
+worker = Worker("known_predictors:hanging", Path("x"), device="cpu", threads=1)
+threading.Timer(0.5, lambda: print(worker._process.pid, flush=True)).start()
+worker.predict(INPUTS)
+"""
+ROOT = Path(__file__).parents[1]
+
+
 def test_the_slower_is_called_slower(opened):
     pair = {"fast": opened("sleeper", "0.010"), "slow": opened("sleeper", "0.015")}
     (fast, slow) = (rounds[0] for rounds in compare(pair, [INPUTS], rounds=15, seconds=60).values())
@@ -172,6 +144,36 @@ def test_a_percentile_needs_enough_samples(samples, known):
     found = percentiles([float(at) for at in range(samples)])
     assert [name for name in ("p90", "p95", "p99") if getattr(found, name) is not None] == [*known]
     assert found.p50 == (samples - 1) / 2
+
+
+def test_the_interval_of_a_percentile_is_that_of_the_textbook():
+    found = percentiles([float(at) for at in range(1, 101)])
+    # Conover, Practical Nonparametric Statistics, 3.2: ranks by the binomial; of n = 100 the median
+    # lies between the 40th and the 61st with 96.5 %, p90 between the 84th and the 96th with 95.6 %.
+    assert found.intervals["p50"] == (40, 61)
+    assert found.intervals["p90"] == (84, 96)
+    assert found.quantiles[::5] == (1, 25.75, 50.5, 75.25, 100)
+
+
+def test_an_end_that_the_samples_do_not_reach_is_none():
+    found = percentiles([float(at) for at in range(35)])
+    assert found.p90 is not None
+    assert found.intervals["p90"][1] is None
+    assert percentiles([float(at) for at in range(36)]).intervals["p90"][1] == 35
+    assert "p95" not in found.intervals
+    assert percentiles([1.0] * 5).intervals["p50"] == (None, None)
+
+
+def test_calls_that_hang_together_are_worth_fewer():
+    noise = np.random.default_rng(0).normal(size=4000)
+    together = np.zeros(4000)
+    for at in range(1, 4000):
+        together[at] = 0.8 * together[at - 1] + noise[at]
+    assert effective_samples(noise) > 3700
+    # An AR(1) of 0.8 has (1 - 0.8) / (1 + 0.8) of its samples; ranks hang together a little less.
+    assert effective_samples(together) / 4000 == pytest.approx(0.2 / 1.8, rel=0.15)
+    assert effective_samples([1.0] * 9) == 9
+    assert effective_samples([1.0, 2.0] * 9) == 18
 
 
 def test_next_token_is_the_cross_entropy_of_torch():
@@ -227,8 +229,26 @@ def test_fidelity_counts_by_hand():
     before = outcomes([0, 1], [[0.5, 0.5], [0.25, 0.75]])
     after = outcomes([0, 0], [[0.5, 0.5], [0.75, 0.25]])
     found = fidelity(before, after, lambda c: c["prediction"] == c["label"])
-    assert (found.agreement, found.flips) == (0.5, 1)
+    assert (found.agreement, found.flips, found.broken, found.mended) == (0.5, 1, 0, 1)
     assert found.kl_mean == pytest.approx(0.5 * np.log(3) / 2)
+    assert found.kl_p99 == pytest.approx(0.99 * np.log(3) / 2)
+    # The margins are 0 and 0.5.
+    assert (found.margin, found.close) == (pytest.approx(0.25), 0.5)
+    assert fidelity(after, before, lambda c: c["prediction"] == c["label"]).broken == 1
     other = Outcomes(("a", "c"), after.columns, after.decisions, None)
     with pytest.raises(ValueError, match="expected the same examples"):
         fidelity(before, other, None)
+
+
+def test_fidelity_of_a_language_model_is_told_by_document():
+    def told(nll):
+        columns = {"nll": np.asarray(nll), "tokens": np.asarray([2, 4, 1])}
+        return Outcomes(("a", "b", "c"), columns, np.zeros(7), None)
+
+    before, after = told(np.log([4.0, 16.0, 3.0])), told(np.log([16.0, 16.0, 3.3]))
+    found = fidelity(before, after, None)
+    # Perplexities 2, 2, 3 become 4, 2, 3.3.
+    assert found.perplexities.p50 == pytest.approx(3.3)
+    assert found.perplexity_ratios.p50 == pytest.approx(1.1)
+    assert found.perplexity_ratios.p95 == pytest.approx(1.1 + 0.9 * 0.9)
+    assert (found.flips, found.kl_mean, found.margin) == (None, None, None)

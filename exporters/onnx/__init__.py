@@ -10,6 +10,7 @@ from exporters import ExportError
 from exporters.onnx import graph
 from exporters.onnx.session import (
     MODEL,
+    PROVIDERS,
     Arrays,
     decoder_inputs,
     encoder_file,
@@ -23,6 +24,7 @@ from exporters.onnx.session import (
 
 __all__ = [
     "MODEL",
+    "PROVIDERS",
     "decoder_inputs",
     "encoder_file",
     "export",

@@ -10,6 +10,7 @@ B batch, P tokens of the prompts, L new tokens, V vocabulary.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter_ns
 from typing import Any, Final
 
 import numpy as np
@@ -50,6 +51,43 @@ def open_generator(folder: Path, *, device: str, threads: int) -> Callable[..., 
         MissingDependency: onnxruntime is not installed.
         NotHere: the device is not there.
     """
+    decode, given, found = _opened(folder, device, threads)
+
+    def generate(inputs: Arrays, *, max_new_tokens: int) -> NDArray[Any]:
+        return greedy(decode, given(inputs), found, max_new_tokens)
+
+    return generate
+
+
+def open_timed(folder: Path, *, device: str, threads: int) -> Callable[[Arrays], Arrays]:
+    """Return a predictor that generates, and tells when.
+
+    It takes prompts and `new_tokens`, how many each of them gets, whatever would end a text; it
+    gives `token_ns` `(L,)`, the nanoseconds after which each was there. For errors see
+    `open_generator`.
+    """
+    decode, given, found = _opened(folder, device, threads)
+    endless = {name: rule for name, rule in found.items() if not name.endswith("eos_token_id")}
+
+    def predict(inputs: Arrays) -> Arrays:
+        stamps: list[int] = []
+
+        def stamped(fed: Arrays) -> Arrays:
+            outputs: Arrays = decode(fed)
+            stamps.append(perf_counter_ns())
+            return outputs
+
+        start = perf_counter_ns()
+        greedy(stamped, given(inputs), endless, int(inputs["new_tokens"]))
+        return {"token_ns": np.asarray(stamps) - start}
+
+    return predict
+
+
+def _opened(
+    folder: Path, device: str, threads: int
+) -> tuple[Any, Callable[[Arrays], dict[str, NDArray[Any]]], Rules]:
+    """Return the decoder's predictor, what makes its inputs of prompts, and the rules."""
     found = rules(folder)
     *encoders, decode = (
         predictor(p, device=device, threads=threads) for p in files(folder / MODEL)
@@ -61,21 +99,20 @@ def open_generator(folder: Path, *, device: str, threads: int) -> Callable[..., 
             " begins with; name it in generation_config.json"
         )
 
-    def generate(inputs: Arrays, *, max_new_tokens: int) -> NDArray[Any]:
-        given = {name: np.asarray(array, np.int64) for name, array in inputs.items()}
+    def given(inputs: Arrays) -> dict[str, NDArray[Any]]:
+        prompts = {name: np.asarray(array, np.int64) for name, array in inputs.items()}
         if encoders:
-            given["decoder_input_ids"] = np.full((len(given["input_ids"]), 1), start)
-            given = decoder_inputs(encoders[0], given)
-        else:
-            given.setdefault("attention_mask", np.ones_like(given["input_ids"]))
-            if not given["attention_mask"][:, -1].all():
-                raise ValueError(
-                    "attention_mask: found prompts with padding behind them, expected it in front;"
-                    " give the tokenizer padding_side='left'"
-                )
-        return greedy(decode, given, found, max_new_tokens)
+            prompts["decoder_input_ids"] = np.full((len(prompts["input_ids"]), 1), start)
+            return decoder_inputs(encoders[0], prompts)
+        prompts.setdefault("attention_mask", np.ones_like(prompts["input_ids"]))
+        if not prompts["attention_mask"][:, -1].all():
+            raise ValueError(
+                "attention_mask: found prompts with padding behind them, expected it in front;"
+                " give the tokenizer padding_side='left'"
+            )
+        return prompts
 
-    return generate
+    return decode, given, found
 
 
 def rules(folder: Path) -> Rules:

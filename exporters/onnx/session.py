@@ -187,10 +187,13 @@ def positions(mask: NDArray[Any]) -> NDArray[Any]:
     return np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
 
 
-def open_session(path: Path, *, device: str, threads: int, optimize: bool = True) -> Any:
+def open_session(
+    path: Path, *, device: str, threads: int, optimize: bool = True, profile: Path | None = None
+) -> Any:
     """Return an ONNX Runtime session; see `predictor` for what it raises.
 
-    Unless it may `optimize`, the graph runs as it is.
+    Unless it may `optimize`, the graph runs as it is. What it does is written to a file whose name
+    begins with `profile`, if that is given.
     """
     ort = runtime()
     options = ort.SessionOptions()
@@ -199,6 +202,8 @@ def open_session(path: Path, *, device: str, threads: int, optimize: bool = True
     options.log_severity_level = 3
     for name, value in CONFIG.items():
         options.add_session_config_entry(name, value)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     provider = PROVIDERS[device]

@@ -1,0 +1,48 @@
+"""Energy that the processor has used, where the machine has a sensor that may be read.
+
+Intel's and AMD's counters (RAPL), as the kernel shows them. Virtual machines have none, and most
+distributions let only root read them. Nothing is estimated: without a sensor there is no number.
+
+https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+POWERCAP: Final = Path("/sys/class/powercap")
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A counter of one processor package: microjoules, which begin again after `wraps`."""
+
+    path: Path
+    wraps: int
+
+
+def counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
+    """Return the counters of all packages, or none and the reason."""
+    packages = sorted(root.glob("*-rapl:[0-9]"))
+    if not packages:
+        return [], "this machine has no energy counter"
+    found = []
+    for package in packages:
+        try:
+            (package / "energy_uj").read_text()
+            wraps = int((package / "max_energy_range_uj").read_text())
+        except OSError as error:
+            return [], f"the energy counter cannot be read: {error.strerror}"
+        found.append(Counter(package / "energy_uj", wraps))
+    return found, ""
+
+
+def read(found: list[Counter]) -> list[int]:
+    """Return what the counters stand at."""
+    return [int(counter.path.read_text()) for counter in found]
+
+
+def joules(found: list[Counter], before: list[int], after: list[int]) -> float:
+    """Return the energy used between two readings, less than one turn of a counter apart."""
+    readings = zip(found, before, after, strict=True)
+    return sum((later - earlier) % counter.wraps for counter, earlier, later in readings) / 1e6

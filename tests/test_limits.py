@@ -1,0 +1,50 @@
+"""What a machine can do at most, and the energy that it uses."""
+
+import pytest
+
+from benchmarks import energy, limits, machine
+
+
+def test_limits_are_rates_of_what_can_be_measured():
+    found = limits.measure(["fp32", "int8", "nf4"], device="cpu", threads=1)
+    assert found.multiply_adds_per_s.keys() == {"fp32", "int8"}
+    assert min(*found.multiply_adds_per_s.values(), found.bytes_per_s) > 1e8
+
+
+def write_package(root, name, microjoules, wraps=1000):
+    (root / name).mkdir(exist_ok=True)
+    (root / name / "energy_uj").write_text(f"{microjoules}\n")
+    (root / name / "max_energy_range_uj").write_text(f"{wraps}\n")
+
+
+def test_energy_is_what_all_packages_used(tmp_path):
+    write_package(tmp_path, "intel-rapl:0", 100)
+    write_package(tmp_path, "intel-rapl:1", 990)
+    write_package(tmp_path, "intel-rapl:0:0", 7)  # a part of a package, counted with it
+    found, reason = energy.counters(tmp_path)
+    assert (len(found), reason) == (2, "")
+    before = energy.read(found)
+    write_package(tmp_path, "intel-rapl:0", 150)
+    write_package(tmp_path, "intel-rapl:1", 20)
+    assert energy.joules(found, before, energy.read(found)) == pytest.approx((50 + 30) / 1e6)
+
+
+def test_no_sensor_is_a_reason(tmp_path):
+    assert energy.counters(tmp_path) == ([], "this machine has no energy counter")
+    (tmp_path / "intel-rapl:0").mkdir()
+    assert energy.counters(tmp_path)[1].startswith("the energy counter cannot be read")
+
+
+def test_waiting_only_grows():
+    before, after = machine.stalled_seconds(), machine.stalled_seconds()
+    for what, seconds in before.items():
+        assert seconds is None or 0 <= seconds <= after[what]
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("max 100000", None), ("150000 100000", 1.5), (None, None)]
+)
+def test_a_control_group_may_have_fewer_cores(tmp_path, text, cores):
+    if text:
+        (tmp_path / "cpu.max").write_text(text + "\n")
+    assert machine._cpu_quota(tmp_path / "cpu.max") == cores
