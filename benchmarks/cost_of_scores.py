@@ -21,11 +21,11 @@ import torch
 from datasets import load_dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.criteria_compared import batches
 from benchmarks.memory import peak_rss_bytes
-from pipeline import from_pretrained, structure
+from pipeline import from_pretrained, sources, structure
 from pipeline.calibration import Batch, Moments, mask_gradients
 from pipeline.compensation import repair
 from pipeline.pruning import choose_and_cut
@@ -46,7 +46,7 @@ def scoring(model: str, folder: Path, examples: int) -> tuple[float, float, floa
     """Return the seconds of scoring and of an epoch, and the ratio's median over the rounds."""
     files = {"train": str(next(folder.glob("train.csv*")))}
     rows = load_dataset("csv", data_files=files)["train"].shuffle(seed=0).select(range(examples))
-    data: list[Batch] = list(batches(rows, AutoTokenizer.from_pretrained(model)))
+    data: list[Batch] = list(batches(rows, sources.processor(model, "AutoTokenizer", None)))
     scored, trained = from_pretrained(model), from_pretrained(model)
     groups = structure.groups(scored)
     readers = {group.path: group.reader for group in groups}

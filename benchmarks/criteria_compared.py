@@ -15,9 +15,8 @@ import torch
 from datasets import Dataset, load_dataset
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
-from pipeline import from_pretrained
+from pipeline import from_pretrained, sources
 from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA
 from pipeline.pruning import choose_and_cut
@@ -42,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     files = {s: str(next(options.folder.glob(f"{s}.csv*"))) for s in ("train", "validation")}
     rows = load_dataset("csv", data_files=files)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = sources.processor(options.model, "AutoTokenizer", None)
     chosen = rows["train"].shuffle(seed=options.seed).select(range(512))
     calibration = list(batches(chosen, tokenizer))
     judged = list(batches(rows["validation"].sort("sentence"), tokenizer))

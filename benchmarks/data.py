@@ -8,7 +8,9 @@ that two measurements speak of the same examples.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -29,6 +31,8 @@ BUILDERS: Final = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+READ: Final = frozenset({*BUILDERS.values(), "arrow", "cache", "imagefolder"})
+"""What of `datasets` may read a folder or a repository; `cache` is what it has read before."""
 BUILTIN: Final = {"builtin:docstrings": docstrings.load}
 WANTED: Final = ("label", "tags", "answers", "target")
 """The roles of what a model is to give, which are no part of a row's id."""
@@ -81,28 +85,34 @@ def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
     path = Path(source).expanduser()
     if source.startswith("builtin:") and source not in BUILTIN:
         raise DataError(f"{source}: no such built-in data, expected one of {sorted(BUILTIN)}")
+    local = path.suffix in {*BUILDERS, ".gz"} or source.startswith((".", "/", "~"))
+    if local and not path.exists():
+        raise DataError(f"{source}: no such file or folder")
     try:
         if source in BUILTIN:
             return _read_builtin(source)
         if path.is_file():
             return _read_file(path)
         if path.is_dir():
-            return _tables(datasets.load_dataset(str(path.resolve()), subset))
-        if path.suffix in {*BUILDERS, ".gz"} or source.startswith((".", "/", "~")):
-            raise DataError(f"{source}: no such file or folder")
-        return _tables(datasets.load_dataset(source, subset))
+            return _load(str(path.resolve()), subset, within=str(path.resolve()))
+        return _load(source, subset, within="hf://datasets")
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(
             f"{source}: found neither as a file or folder here nor on the hub or in its local cache"
             f" ({_first_line(error)})"
         ) from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        if isinstance(error, DataError):
-            raise
-        if isinstance(error.__cause__, OSError):  # no space left for the cache, say
-            raise error.__cause__ from None
-        reason = _first_line(error.__cause__ or error)
-        raise DataError(f"{source}: cannot be read as data: {reason}") from error
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:  # what is wrong in a file makes the library stumble in any way
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: Exception) -> Exception:
+    """Return what to raise where a library cannot read the data."""
+    for found in (error, error.__cause__):
+        if isinstance(found, OSError) and found.errno is not None:
+            return found  # no space left for the cache, say; a file that is no gzip has no number
+    return DataError(f"{source}: cannot be read as data: {_first_line(error.__cause__ or error)}")
 
 
 def _read_builtin(source: str) -> Mapping[str, datasets.Dataset]:
@@ -132,6 +142,25 @@ def _read_file(path: Path) -> Mapping[str, datasets.Dataset]:
     return _tables(
         datasets.load_dataset(BUILDERS[suffix], data_files=str(path.resolve()), **options)
     )
+
+
+def _load(source: str, subset: str | None, within: str) -> Mapping[str, datasets.Dataset]:
+    """Return what a folder or a repository holds.
+
+    A README.md may say which files these are, but not such of elsewhere; and of the formats that
+    the library reads, there are some that hold pickles.
+    """
+    builder = datasets.load_dataset_builder(source, subset)
+    if builder.name not in READ:
+        raise DataError(f"{source}: found data for {builder.name}, expected one of {sorted(READ)}")
+    for name in chain.from_iterable((builder.config.data_files or {}).values()):
+        if not Path(os.path.normpath(name)).is_relative_to(os.path.normpath(within)):
+            raise DataError(
+                f"{source}: found the file {name} in what its README.md says of the data, expected"
+                " files of its own"
+            )
+    builder.download_and_prepare()
+    return _tables(builder.as_dataset())
 
 
 def _tables(loaded: object) -> Mapping[str, datasets.Dataset]:

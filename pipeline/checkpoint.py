@@ -7,10 +7,9 @@ A pruned folder holds matrices of other shapes than its family's class builds, s
 written, and no code that comes with a model is run.
 """
 
-import json
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
 from exporters.onnx.graph import quiet
-from pipeline import bnb, gptq, selfcheck, surgery
+from pipeline import bnb, gptq, selfcheck, surgery, trust
 
 HUB: Final = (
     "revision",
@@ -37,6 +36,10 @@ HUB: Final = (
 LABELS: Final = ("num_labels", "id2label", "label2id")
 MASKS: Final = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 """Causal masks, which old files of GPT-2 and GPT-NeoX hold as tensors."""
+
+
+UNSOUND: Final = (ArithmeticError, LookupError, RuntimeError)
+"""What the library raises where the numbers and names of a configuration make no model."""
 
 
 class ModelError(ValueError):
@@ -67,7 +70,8 @@ def from_pretrained(
 
     Raises:
         ModelError: no such model, damaged files, an option that is not known, tensors that are
-            missing, of another shape, of layers that the model does not have, or with NaN.
+            missing, of another shape, of layers that the model does not have, or with NaN; weights
+            that are pickles, or code that comes with the model.
     """
     model, missing = load(source, auto_class, **options)
     if missing:
@@ -86,23 +90,19 @@ def load(
         ModelError: as `from_pretrained`, but for missing tensors.
     """
     config = read_config(source, **{name: options[name] for name in HUB if name in options})
+    if Path(source).is_dir():
+        with _untrusted():
+            trust.refuse_pickles(Path(source, options.get("subfolder", "")))
     kind = model_class(source, config, auto_class)
     config.update({name: options.pop(name) for name in LABELS if name in options})
-    quantized = options.get("quantization_config", getattr(config, "quantization_config", None))
-    if quantized is not None and bnb.asked_for(quantized):
-        bnb.library()
-        options.setdefault("device_map", {"": "cpu"})  # else a GPU, if there is one
-    silence: AbstractContextManager[None] = nullcontext()
-    if quantized is not None and gptq.asked_for(quantized):
-        gptq.library()
-        silence = quiet()  # it says which kernels it looks at
     try:
-        with silence:
+        with _quantized(config, options):
             loaded: Any = _pruned(kind).from_pretrained(
                 source,
                 config=config,
                 output_loading_info=True,
                 use_safetensors=True,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # they are told below, by name
                 **options,
             )
@@ -110,7 +110,7 @@ def load(
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{source}: {first_line(error)}") from error
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, *UNSOUND) as error:
         raise ModelError(f"{source}: cannot be loaded: {first_line(error)}") from error
     except TypeError as error:
         if "keyword argument" not in str(error):
@@ -172,7 +172,7 @@ def without_weights(
     try:
         with torch.device("meta"):
             return kind(config).eval()
-    except ValueError as error:
+    except (ValueError, *UNSOUND) as error:
         raise ModelError(f"{source}: {first_line(error)}") from error
 
 
@@ -182,7 +182,7 @@ def read_config(
     """Return the configuration of a folder or a hub id; `options` are some of `HUB`.
 
     Raises:
-        ModelError: there is none, or it is not one.
+        ModelError: there is none, it is not one, or it names code that comes with the model.
     """
     path = Path(source)
     looks_local = str(source).startswith((".", "/", "~"))
@@ -190,15 +190,49 @@ def read_config(
         raise ModelError(f"{source}: no such folder")
     if path.is_dir() and not (path / options.get("subfolder", "") / "config.json").is_file():
         raise ModelError(f"{source}: found no config.json, expected a Hugging Face model folder")
+    options["revision"] = revision or "main"
+    look_through(source, **options)
     try:
-        return AutoConfig.from_pretrained(source, revision=revision or "main", **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # what is wrong in a file makes the library stumble in any way
         if path.is_dir():
             raise ModelError(f"{source}/config.json: {first_line(error)}") from error
         raise ModelError(
             f"{source}: found neither as a folder here nor on the hub or in its local cache"
             f" ({first_line(error)})"
         ) from error
+    attention = config._attn_implementation  # noqa: SLF001 - not in to_dict
+    with _untrusted():  # on the hub, it may be another one by now
+        trust.refuse_code(
+            config.to_dict() | {"attn_implementation": attention}, f"{source}/config.json"
+        )
+    return config
+
+
+def look_through(source: str | Path, **hub: Any) -> None:
+    """Raise ModelError if what comes with a model is more than data; `hub` are some of `HUB`."""
+    with _untrusted():
+        trust.check(source, **hub)
+
+
+def _quantized(config: PretrainedConfig, options: dict[str, Any]) -> AbstractContextManager[None]:
+    """Return what to load in, with the options that quantized weights need, if they are."""
+    quantized = options.get("quantization_config", getattr(config, "quantization_config", None))
+    if quantized is not None and bnb.asked_for(quantized):
+        bnb.library()
+        options.setdefault("device_map", {"": "cpu"})  # else a GPU, if there is one
+    if quantized is not None and gptq.asked_for(quantized):
+        gptq.library()
+        return quiet()  # it says which kernels it looks at
+    return nullcontext()
+
+
+@contextmanager
+def _untrusted() -> Iterator[None]:
+    try:
+        yield
+    except trust.Untrusted as error:
+        raise ModelError(str(error)) from error
 
 
 def model_class(
@@ -234,6 +268,8 @@ def _pruned(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
         self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
         cut: Mapping[str, Any] | None = getattr(config, "pruning", None)
+        if cut and not isinstance(cut, Mapping):
+            raise ModelError(f"config.json: found pruning: {cut!r}, expected a mapping")
         if cut:
             config.pruning = None
         kind.__init__(self, config, *args, **kwargs)
@@ -241,7 +277,12 @@ def _pruned(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
             if "like" in cut:  # it was checked when it was cut
                 self.config.pruning = {"like": cut["like"]}
             selfcheck.ensure(self)
-            surgery.apply(self, cut)
+            try:
+                surgery.apply(self, cut)
+            except (AttributeError, TypeError) as error:
+                raise ModelError(
+                    f"config.json: found a `pruning` of another form: {error}"
+                ) from error
             # The record is written anew by the cut itself; keep every entry that was read.
             self.config.pruning = cut
 

@@ -27,6 +27,7 @@ from pipeline.terminal import (
     show_bench,
     show_comparison,
     show_engine,
+    show_items,
     show_parts,
     show_plans,
     show_report,
@@ -35,13 +36,26 @@ from pipeline.terminal import (
 )
 
 CODES: Final = {"pass": 0, "fail": 1, "inconclusive": 3}
+PASSWORD: Final = "SECATEUR_KEY_PASSWORD"  # noqa: S105 - the name of a variable
+NOT_THERE: Final = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+"""What the system says of a path that a user should not have named."""
 WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
     options = _parser().parse_args(arguments)
-    if options.command in {_verify, _gate, _compare}:
+    if options.command in {_verify, _gate, _compare, _sign, _store}:
         sys.exit(options.command(options))  # where it is done there may be no torch
     _silence()
     sys.exit(_guarded(lambda: options.command(options)))
@@ -107,7 +121,26 @@ def _parser() -> argparse.ArgumentParser:
         "verify", help="whether a released artifact is what was released; without torch"
     )
     verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument(
+        "--public-key", type=Path, metavar="FILE", help="refuse it unless signed with this key's"
+    )
     verify.set_defaults(command=_verify)
+    sign = commands.add_parser("sign", help="sign a released artifact; needs the extra `sign`")
+    sign.add_argument("folder", type=Path, metavar="FOLDER")
+    sign.add_argument(
+        "--key",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help=f"ECDSA private key in PEM; its password, if any, is taken from ${PASSWORD}",
+    )
+    sign.set_defaults(command=_sign)
+    store = commands.add_parser("store", help="what the stores of runs hold, and what is not used")
+    store.add_argument(
+        "folders", type=Path, nargs="*", metavar="FOLDER", help="of runs; default: all below runs/"
+    )
+    store.add_argument("--prune", action="store_true", help="remove what the last run does not use")
+    store.set_defaults(command=_store)
     gate = commands.add_parser(
         "gate", help="judge a run again, from its report; runs no model, and needs no torch"
     )
@@ -261,7 +294,7 @@ def _disk(error: OSError) -> tuple[int, str]:
     where = error.filename or "output"
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         return FAILED, f"{where}: no space left; free some, and run the same command again"
-    if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+    if error.errno in NOT_THERE:
         return WRONG, f"{where}: cannot be written or read: {error.strerror}"
     return FAILED, f"{where}: {error}"
 
@@ -435,29 +468,76 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from pipeline.verification import verify
+
+    def act() -> int:
+        found = verify(options.folder, options.public_key)
+        signed = {True: "; signature good", False: "; signature not checked (--public-key)"}
+        out.print(
+            f"{escape(str(options.folder))}: {found.files} files, {found.size_bytes / 1e6:.1f} MB,"
+            f" {found.graphs} sound graphs; recorded outputs met within {found.difference:.1e}"
+            f" (at most {found.tolerance:.1e}); released as: {escape(found.outcome)}"
+            f"{'; the engine was not opened, but the graph it was built from' * found.unopened}"
+            f"{'' if found.signed is None else signed[found.signed]}",
+            soft_wrap=True,
+        )
+        return 0
+
+    return _lightly(act, options.folder)
+
+
+def _sign(options: argparse.Namespace) -> int:
+    from pipeline.signing import sign
+
+    def act() -> int:
+        signature = sign(options.folder, options.key, os.environ.get(PASSWORD))
+        out.print(f"signed: {escape(str(signature))}", soft_wrap=True)
+        return 0
+
+    return _lightly(act, options.folder)
+
+
+def _store(options: argparse.Namespace) -> int:
+    from pipeline.inventory import STAGES, items, prune
+
+    def act() -> int:
+        folders = options.folders or sorted(
+            path.parent for path in Path("runs").glob(f"*/{STAGES}")
+        )
+        for folder in folders:
+            found = prune(folder) if options.prune else items(folder)
+            needed = sum(item.size_bytes for item in found if item.needed)
+            rest = sum(item.size_bytes for item in found) - needed
+            said = f"{needed / 1e6:,.1f} MB in use, {rest / 1e6:,.1f} MB that --prune frees"
+            if options.prune:
+                said = f"{rest / 1e6:,.1f} MB freed"
+            out.print(f"{escape(str(folder / STAGES))}: {said}", soft_wrap=True)
+            if found:
+                show_items(found)
+        return 0
+
+    return _lightly(act, "store")
+
+
+def _lightly(act: Callable[[], int], where: object) -> int:
+    """Return the exit code of what is done where there may be no torch."""
     from benchmarks.machine import Unavailable
     from exporters import ExportError, MissingDependency, NotHere
     from pipeline.manifest import Damaged
-    from pipeline.verification import verify
+    from pipeline.reading import RecipeError
 
     try:
-        found = verify(options.folder)
-    except Damaged as error:
+        return act()
+    except (Damaged, RecipeError) as error:
         return _say(WRONG, error)
     except (MissingDependency, NotHere, Unavailable) as error:
         return _say(UNAVAILABLE, error)
     except ExportError as error:
         return _say(FAILED, error)
+    except OSError as error:
+        return _say(*_disk(error))
     except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        return _say(FAILED, f"{options.folder}: {type(error).__name__}: {error}")
-    out.print(
-        f"{escape(str(options.folder))}: {found.files} files, {found.size_bytes / 1e6:.1f} MB,"
-        f" {found.graphs} sound graphs; recorded outputs met within {found.difference:.1e}"
-        f" (at most {found.tolerance:.1e}); released as: {found.outcome}"
-        f"{'; the engine was not opened, but the graph it was built from' * found.unopened}",
-        soft_wrap=True,
-    )
-    return 0
+        return _say(FAILED, f"{where}: {type(error).__name__}: {error}")
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ bit on a CPU, and no state of a random generator is ever stored. Several process
 accelerate start them, share each batch.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -18,7 +19,7 @@ from typing import Any, Final, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -196,12 +197,16 @@ class _State:
         counters = {"step": self.step, "total_loss": self.total_loss, "scores": self.scores}
         unfinished = path.with_name(f"{path.name}.unfinished")
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, unfinished, metadata={"state": json.dumps(counters)})
+        text = json.dumps(counters)
+        digest = _digest(text, sorted(contiguous), contiguous.__getitem__)
+        save_file(contiguous, unfinished, metadata={"state": text, "sha256": digest})
         unfinished.replace(path)
 
     @torch.no_grad()
     def resume(self, path: Path) -> None:
-        """Take up what `save` wrote."""
+        """Take up what `save` wrote, if that is what is there."""
+        if not _whole(path):
+            return
         with safe_open(path, framework="pt") as stored:
             counters = json.loads(stored.metadata()["state"])
             self.step, self.total_loss = counters["step"], counters["total_loss"]
@@ -216,6 +221,26 @@ class _State:
                 else:
                     parameter = self.named[which]
                     self.optimizer.state[parameter][what] = tensor.to(parameter.device)
+
+
+def _digest(text: str, names: Sequence[str], tensor: Callable[[str], Tensor]) -> str:
+    """Return the sha256 of what a checkpoint holds."""
+    found = hashlib.sha256(text.encode())
+    for name in names:
+        found.update(name.encode())
+        found.update(tensor(name).cpu().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _whole(path: Path) -> bool:
+    """Return whether a checkpoint is what was written; a damaged one is as good as none."""
+    try:
+        with safe_open(path, framework="pt") as stored:
+            told = stored.metadata()
+            found = _digest(told["state"], sorted(stored.keys()), stored.get_tensor)
+            return bool(found == told["sha256"])
+    except (SafetensorError, KeyError, TypeError):
+        return False
 
 
 @contextmanager

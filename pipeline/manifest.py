@@ -1,17 +1,22 @@
 """The manifest of a folder: the sha256 of every file, and what its maker said of them.
 
-Plain files only: a link may lead out of the folder, and is as bad as a file that was changed.
+Plain files only, each with one name: a link may lead out of the folder, and what a hard link names
+can be changed from elsewhere. Both are as bad as a file that was changed, and never followed.
 Nothing here needs torch, so that an artifact can be checked wherever it is deployed.
 """
 
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 MANIFEST: Final = "manifest.json"
+SIGNATURE: Final = "model.sig"
+"""Covers the manifest too, and so stands in none."""
+FILE: Final = frozenset({"bytes", "sha256"})
 
 
 class Damaged(ValueError):
@@ -31,14 +36,15 @@ def file_hash(path: Path) -> str:
 
 
 def content(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return size and sha256 of every file below `folder` but its manifest."""
+    """Return size and sha256 of every file below `folder` but its manifest and its signature."""
+    apart = {folder / MANIFEST, folder / SIGNATURE}
     return {
         path.relative_to(folder).as_posix(): {
             "bytes": path.stat().st_size,
             "sha256": file_hash(path),
         }
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
+        if path.is_file() and path not in apart
     }
 
 
@@ -56,30 +62,57 @@ def read(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
     """Return the files of a folder as its manifest has them, and what was said of them.
 
     Raises:
-        Damaged: there is no manifest, it was changed, or the files are not those that it names.
+        Damaged: there is no manifest, it was changed, or the files are not those that it names, or
+            no plain ones.
     """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        seal_found = manifest.pop("sha256")
-        files, about = manifest["files"], manifest["about"]
-    except FileNotFoundError:
-        raise Damaged(f"{path}: found none, expected a folder that secateur wrote") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{path}: cannot be read: {error}") from None
-    if fingerprint(manifest) != seal_found:
-        raise Damaged(f"{path}: found another content than its own sha256 says; it was changed")
-    links = [path for path in sorted(folder.rglob("*")) if path.is_symlink()]
-    if links:  # none is followed
-        raise Damaged("\n".join(f"{path}: found a link, expected a plain file" for path in links))
-    found = content(folder)
     mistakes = [
-        f"{folder / name}: {_difference(found.get(name), files.get(name))}"
-        for name in sorted(files.keys() | found.keys())
-        if found.get(name) != files.get(name)
+        f"{path}: found {found}, expected a plain file"
+        for path in sorted(folder.rglob("*"))
+        if (found := _not_plain(path))
+    ]
+    if mistakes:  # no link is followed
+        raise Damaged("\n".join(mistakes))
+    files, about = _told(folder / MANIFEST)
+    there = content(folder)
+    mistakes = [
+        f"{folder / name}: {_difference(there.get(name), files.get(name))}"
+        for name in sorted(files.keys() | there.keys())
+        if there.get(name) != files.get(name)
     ]
     if mistakes:
         raise Damaged("\n".join(mistakes))
+    return files, about
+
+
+def _not_plain(path: Path) -> str:
+    """Return what a path is, if it is neither a folder nor a file with this name alone."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        return "a link"
+    if stat.S_ISREG(status.st_mode):
+        return f"a file with {status.st_nlink} names (hard links)" if status.st_nlink > 1 else ""
+    return "" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+
+
+def _told(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return what a manifest says: of the files, and of what they are.
+
+    Raises:
+        Damaged: there is none, it was changed, or it is none.
+    """
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        seal_found = manifest.pop("sha256")
+        files, about = dict(manifest["files"]), dict(manifest["about"])
+        whole = fingerprint(manifest) == seal_found
+    except FileNotFoundError:
+        raise Damaged(f"{path}: found none, expected a folder that secateur wrote") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"{path}: cannot be read: {error}") from None
+    if not whole:
+        raise Damaged(f"{path}: found another content than its own sha256 says; it was changed")
+    if not all(isinstance(file, dict) and file.keys() == FILE for file in files.values()):
+        raise Damaged(f"{path}: found files without size or sha256, expected {sorted(FILE)}")
     return files, about
 
 

@@ -1,16 +1,13 @@
 """Several processes of one run, as torchrun or accelerate start them.
 
 The first leads: it alone writes to the store, measures and reports. The others do what it does in
-the same order, wait wherever it makes something, and join it where the work is shared.
+the same order, wait wherever it makes something, and join it where the work is shared. torch is
+imported where there are several, so that a store can be listed without it.
 """
 
 import os
 from datetime import timedelta
 from typing import Final
-
-import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast
 
 PATIENCE: Final = timedelta(days=30)
 """The others wait as long as a step of the leader takes."""
@@ -19,6 +16,8 @@ PATIENCE: Final = timedelta(days=30)
 def start(device: str) -> None:
     """Meet the other processes, if there are any."""
     if count() > 1:
+        from accelerate import PartialState
+
         PartialState(cpu=device == "cpu", timeout=PATIENCE)
 
 
@@ -41,5 +40,9 @@ def agree(value: float) -> float:
     """Return the leader's value, in every process; all wait for it."""
     if count() == 1:
         return value
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast
+
     told = torch.tensor([value], dtype=torch.float64, device=PartialState().device)
     return float(broadcast(told))

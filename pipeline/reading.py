@@ -6,11 +6,13 @@ Imports neither torch nor transformers: a budget can be judged again without any
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+LARGEST: Final = 10_000
+"""Values in a file; more are the work of aliases in aliases."""
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -49,6 +51,17 @@ def read_yaml(path: Path, needs: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = "an empty file" if content is None else type(content).__name__
         raise RecipeError(f"{path}: found {found}, expected a mapping with {needs}")
+    left = LARGEST
+    waiting: list[Any] = [content]
+    while waiting:
+        value = waiting.pop()
+        left -= 1
+        if left < 0:
+            raise RecipeError(
+                f"{path}: found more than {LARGEST} values, expected {needs}; aliases multiply them"
+            )
+        if isinstance(value, dict | list):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
     return content
 
 

@@ -13,7 +13,7 @@ from benchmarks import machine
 from benchmarks.accuracy import Track, silent
 from exporters import onnx, tensorrt
 from pipeline.checkpoint import ModelError
-from pipeline.manifest import MANIFEST, file_hash, read
+from pipeline.manifest import MANIFEST, SIGNATURE, file_hash, read
 from pipeline.store import publish
 
 
@@ -45,6 +45,7 @@ def rebuild(folder: Path, *, track: Track = silent) -> dict[str, Any]:
     def make(target: Path) -> None:
         shutil.copytree(folder, target, dirs_exist_ok=True)
         (target / MANIFEST).unlink()
+        (target / SIGNATURE).unlink(missing_ok=True)  # of what was there before
         shutil.rmtree(target / tensorrt.PLAN.parent)
         told.update(
             tensorrt.build(target / onnx.MODEL, target, before["profile"], _settings(before), track)
@@ -64,7 +65,8 @@ def rebuild(folder: Path, *, track: Track = silent) -> dict[str, Any]:
 
 def _settings(before: dict[str, Any]) -> tensorrt.Settings:
     """Return how it was built, but for the GPU that is here, if that is another."""
-    settings = tensorrt.Settings(**before["settings"], library=before["library"]["name"])
+    known = {key: before["settings"][key] for key in tensorrt.RECORDED}
+    settings = tensorrt.Settings(**known, library=before["library"]["name"])
     capabilities, here = tuple(settings.compute_capabilities), tensorrt.gpu()
     if capabilities and here is not None and float(here.compute_capability) not in capabilities:
         capabilities = (float(here.compute_capability),)

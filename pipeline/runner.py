@@ -6,7 +6,6 @@ all artifacts are measured on the target, and the gate judges the last against t
 """
 
 import json
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
 from pipeline.settings import Export, Finetune, Prune, Quantize, trained
 from pipeline.stages import measure
-from pipeline.store import publish
+from pipeline.store import publish, withdraw
 from pipeline.work import Artifact, Work
 from pipeline.writing import write_text
 
@@ -133,9 +132,10 @@ def run(
             lambda folder: artifact.write(folder, work, last, content), output / "artifact", about
         )
     else:
-        shutil.rmtree(output / "artifact", ignore_errors=True)  # an earlier run's, not this one's
+        withdraw(output / "artifact")  # an earlier run's, not this one's
     for name, text in files.items():
         write_text(output / name, text)
+    work.store.finish()
     return report
 
 

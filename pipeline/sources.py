@@ -7,7 +7,7 @@ from typing import Any, Final
 import transformers
 
 from exporters import MissingDependency
-from pipeline.checkpoint import ModelError, read_config
+from pipeline.checkpoint import ModelError, look_through, read_config
 from pipeline.manifest import file_hash
 
 MINILM: Final = "builtin:minilm"
@@ -75,15 +75,18 @@ def processor(source: str, kind: str, revision: str | None) -> Any:
         revision: of the hub.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it comes with code of its own.
     """
     path = Path(source)
     files = _VOCABULARIES if kind == "AutoTokenizer" else ("preprocessor_config.json",)
     if path.is_dir() and not any((path / name).is_file() for name in files):
         raise ModelError(f"{source}: found no tokenizer or processor, expected one of {files}")
+    revision = revision or "main"
+    look_through(source, revision=revision)
     try:
-        found = getattr(transformers, kind).from_pretrained(source, revision=revision or "main")
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        load = getattr(transformers, kind).from_pretrained
+        found = load(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # what is wrong in a file makes the library stumble in any way
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{source}: its {kind} cannot be loaded: {reason}") from error
     if kind == "AutoTokenizer" and not found.is_fast:

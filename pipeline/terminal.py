@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what takes long to import
     from pipeline.budget import Budget
     from pipeline.comparison import Comparison
     from pipeline.inspection import Inspection
+    from pipeline.inventory import Item
     from pipeline.power import Plan
 
 T = TypeVar("T")
@@ -201,6 +202,27 @@ def show_engine(done: str, about: Mapping[str, Any]) -> None:
     where = on["name"] if on else "no GPU here"
     text = f"{done}: {library['name']} {library['version']}, {plan['bytes'] / 1e6:.1f} MB, {where}"
     out.print(escape(text), soft_wrap=True)
+
+
+def show_items(found: Iterable["Item"]) -> None:
+    """Show what a store holds: what it is called, how large and how old it is, and its state."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    shown.add_column("entry", overflow="fold")
+    for name in ("MB", "age"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("state", no_wrap=True)
+    for item in found:
+        state = item.state if item.needed else f"[yellow]{item.state}[/]"
+        size = f"{item.size_bytes / 1e6:,.1f}"
+        shown.add_row(escape(item.path.name), size, _age(item.age_seconds), state)
+    out.print(shown)
+
+
+def _age(seconds: float) -> str:
+    for name, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {name}"
+    return f"{seconds:.0f} s"
 
 
 def show_bench(found: Mapping[str, Any]) -> None:

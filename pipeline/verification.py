@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from benchmarks.machine import usable_cores
 from exporters import ExportError, MissingDependency
 from exporters.onnx import sound
 from exporters.tensorrt.engine import PLAN
-from pipeline import manifest
-from pipeline.manifest import Damaged
+from pipeline import manifest, signing
+from pipeline.manifest import SIGNATURE, Damaged
 from pipeline.openers import OPENERS, opener
 
 
@@ -25,7 +26,7 @@ class Verified:
 
     `difference` is the largest one to the recorded outputs, relative to the largest output, and
     `tolerance` what it may be; `unopened`: there is an engine, which was not run, but the graph
-    that it was built from.
+    that it was built from. `signed`: whether the signature was checked; None if there is none.
     """
 
     files: int
@@ -35,16 +36,21 @@ class Verified:
     difference: float
     tolerance: float
     unopened: bool
+    signed: bool | None
 
 
-def verify(folder: Path) -> Verified:
+def verify(folder: Path, public_key: Path | None = None) -> Verified:
     """Return what was found of the artifact in `folder`.
 
     Raises:
-        Damaged: files, graphs or outputs are not those that were released.
+        Damaged: files, graphs or outputs are not those that were released, or were not signed with
+            the private key of `public_key`.
+        RecipeError: the key cannot be read.
         MissingDependency, NotHere, Unavailable: what runs the model is not installed, or not here.
     """
     files, about = manifest.read(folder)
+    if public_key is not None:
+        signing.check(folder, public_key)
     graphs = [folder / name for name in files if name.endswith(".onnx")]
     for path in graphs:
         try:
@@ -69,11 +75,17 @@ def verify(folder: Path) -> Verified:
         files=len(files),
         size_bytes=sum(file["bytes"] for file in files.values()),
         graphs=len(graphs),
-        outcome=about.get("verdict", {}).get("outcome", "unknown"),
+        outcome=_outcome(about),
         difference=difference,
         tolerance=tolerance,
         unopened=(folder / PLAN).is_file() and told["runtime"] != "tensorrt",
+        signed=(public_key is not None) if (folder / SIGNATURE).is_file() else None,
     )
+
+
+def _outcome(about: Mapping[str, Any]) -> str:
+    verdict = about.get("verdict")
+    return str(verdict.get("outcome", "unknown")) if isinstance(verdict, dict) else "unknown"
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -94,7 +106,11 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _rerun(folder: Path, settings: Mapping[str, Any]) -> float:
-    """Return the largest difference to the recorded outputs."""
+    """Return the largest difference to the recorded outputs.
+
+    Raises:
+        Damaged: there are none, or the model takes or gives others.
+    """
     try:
         from pipeline.infer import golden
 
@@ -107,4 +123,7 @@ def _rerun(folder: Path, settings: Mapping[str, Any]) -> float:
         raise MissingDependency(
             f"{error.name}: not installed, expected it to run the recorded inputs"
         ) from error
-    return golden(folder, predict)
+    try:
+        return golden(folder, predict)
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise Damaged(f"{folder}: the recorded inputs cannot be run: {error!r}") from error

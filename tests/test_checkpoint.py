@@ -34,15 +34,6 @@ def test_a_pruned_backbone_takes_another_head(tmp_path):
         from_pretrained(tmp_path, "AutoModelForSequenceClassification")
 
 
-def test_no_pickle_is_read(tmp_path):
-    model = tiny("bert")
-    model.config.architectures = ["BertForSequenceClassification"]
-    model.config.save_pretrained(tmp_path)
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        from_pretrained(tmp_path)
-
-
 def test_an_unknown_class_is_refused(tmp_path):
     write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

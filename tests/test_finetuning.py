@@ -121,9 +121,17 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path, beside):
         trained("killed", interrupted, checkpoint=file)
     with safe_open(file, "pt") as stored:
         assert 1 <= json.loads(stored.metadata()["state"])["step"] <= 50
+    stored = file.read_bytes()
     resumed, again = trained("resumed", checkpoint=file)
     assert again == result
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for at in (
+        (len(stored) // 2, 9, 2) if beside == "nothing" else ()
+    ):  # a damaged one counts as none
+        file.write_bytes(stored[:at] + bytes([stored[at] ^ 4]) + stored[at + 1 :])
+        resumed, again = trained("damaged", checkpoint=file)
+        assert again == result
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_the_best_weights_are_kept_and_patience_ends_training(setting):

@@ -7,6 +7,7 @@ import pytest
 from conftest import secateur
 
 from exporters import tensorrt
+from pipeline import rebuilding
 from pipeline.checkpoint import ModelError
 from pipeline.manifest import seal
 from pipeline.rebuilding import rebuild
@@ -18,6 +19,7 @@ def test_an_artifact_is_rebuilt_as_a_whole(tmp_path, built_ahead):
     artifact = tmp_path / "artifact"
     shutil.copytree(folder / "out" / "artifact", artifact)
     before = verify(artifact)
+    (artifact / "model.sig").write_text("the signature of what was there before")
     done = secateur("rebuild", artifact)
     assert done.returncode == 0, done.stderr
     assert "rebuilt: tensorrt_rtx" in done.stdout
@@ -29,6 +31,7 @@ def test_an_artifact_is_rebuilt_as_a_whole(tmp_path, built_ahead):
     plan = (artifact / tensorrt.PLAN).read_bytes()
     assert about["plan"]["sha256"] == hashlib.sha256(plan).hexdigest()
     assert about["settings"]["compute_capabilities"] == [8.6]
+    assert not (artifact / "model.sig").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
@@ -53,3 +56,10 @@ def test_what_cannot_be_rebuilt_is_left_as_it_is(tmp_path, built_ahead):
         ModelError, match=r"found no tensorrt/engine\.json, expected an artifact of"
     ):
         rebuild(artifact)
+
+
+def test_no_file_that_an_engine_names_is_written():
+    """A timing cache is the builder's own file, wherever an artifact from elsewhere has it."""
+    settings = dict.fromkeys(tensorrt.RECORDED, ()) | {"timing_cache": "/etc/passwd"}
+    before = {"settings": settings, "library": {"name": "tensorrt_rtx"}}
+    assert rebuilding._settings(before).timing_cache is None

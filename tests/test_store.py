@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import store
+from pipeline import manifest, store
 from pipeline.manifest import MANIFEST
 from pipeline.store import Store, publish, verify
 from pipeline.writing import write_text
@@ -62,7 +62,8 @@ def test_a_fresh_store_makes_it_again_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["flip", "truncate", "delete", "add", "link", "manifest", "about"]
+    "damage",
+    ["flip", "truncate", "delete", "add", "link", "hard link", "pipe", "manifest", "about"],
 )
 def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, damage):
     make = Maker()
@@ -81,6 +82,10 @@ def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, damage):
         case "link":
             file.rename(tmp_path / "elsewhere")
             file.symlink_to(tmp_path / "elsewhere")
+        case "hard link":
+            os.link(file, tmp_path / "elsewhere")
+        case "pipe":
+            os.mkfifo(entry.folder / "pipe")
         case "manifest":
             (entry.folder / MANIFEST).write_text("{")
         case "about":
@@ -105,6 +110,18 @@ def test_every_byte_of_an_entry_is_guarded(tmp_path):
             assert found is None or json.loads(changed) == json.loads(content)
         path.write_bytes(content)
     assert verify(entry.folder) == entry
+
+
+@pytest.mark.parametrize(
+    ("files", "about"),
+    [({"config.json": 3}, {}), ({"config.json": {"bytes": 2}}, {}), ([1], {}), ({}, 3)],
+)
+def test_a_manifest_that_is_none_is_damage_even_with_a_good_sum(tmp_path, files, about):
+    entry = Store(tmp_path).get("stage", {}, Maker())
+    text = {"files": files, "about": about}
+    text["sha256"] = manifest.fingerprint(text)
+    (entry.folder / MANIFEST).write_text(json.dumps(text))
+    assert verify(entry.folder) is None
 
 
 def test_a_failure_leaves_nothing(tmp_path):

@@ -7,13 +7,14 @@ for the GPUs that are named. Either way an engine is bound to GPU and library ve
 keeps the graph beside it, so that the engine can be made again.
 """
 
-from exporters.tensorrt.build import Settings, available, build, profile
+from exporters.tensorrt.build import RECORDED, Settings, available, build, profile
 from exporters.tensorrt.engine import ENGINE, PLAN, check, described, open_predictor
 from exporters.tensorrt.library import gpu
 
 __all__ = [
     "ENGINE",
     "PLAN",
+    "RECORDED",
     "Settings",
     "available",
     "build",

@@ -24,6 +24,8 @@ Shapes = Mapping[str, Mapping[str, list[int]]]
 
 UNOPENED: Final = "the engine cannot be opened on the machine that built it"
 """Why the precisions of an engine's layers are not known."""
+RECORDED: Final = ("workspace_bytes", "version_compatible", "compute_capabilities")
+"""The settings with which an engine is made again: none of them names a file."""
 MESSAGES: Final = 3
 """So many of a library's errors are shown; the first ones say what is wrong."""
 
@@ -162,11 +164,7 @@ def build(
         "outputs": _tensors(network.get_output, network.num_outputs),
         "profile": {name: dict(limits) for name, limits in shapes.items()},
         "built_on": asdict(here) if here else None,
-        "settings": {
-            "workspace_bytes": settings.workspace_bytes,
-            "version_compatible": settings.version_compatible,
-            "compute_capabilities": list(settings.compute_capabilities),
-        },
+        "settings": {name: getattr(settings, name) for name in RECORDED},
         "precisions": {"asked": precisions.asked(path), "found": None, "unread": UNOPENED},
     }
     if here is not None and runs_here(about, here) and not invalid(trt, memoryview(plan)):
