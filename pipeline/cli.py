@@ -463,6 +463,8 @@ def _compare(options: argparse.Namespace) -> int:
         return _say(WRONG, error)
     except OSError as error:
         return _say(*_disk(error))
+    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
+        return _say(WRONG, f"{first}, {second}: not reports that can be compared: {error!r}")
     show_comparison(found, (first, second))
     return 0
 

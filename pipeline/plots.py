@@ -59,8 +59,8 @@ def draw_trade_off(report: Json, index: int, load: Json) -> Plot:
     )
     dashed = "" if limit is None else " Dashed: the budget."
     caption = (
-        "Up is better, left is faster. Hollow, dotted: the baseline. Green: the Pareto front; no"
-        f" stage is faster and as good.{dashed}"
+        "Up is better, left is faster; p50 with its interval. Hollow, dotted: the baseline. Green:"
+        f" the Pareto front; no stage is faster and as good.{dashed}"
     )
     return f"Latency and {metric.replace('_', ' ')} at {shape(load)}", caption, svg
 
@@ -156,7 +156,7 @@ def trade_off(
                 fillstyle="none" if place == baseline else "full",
             )  # fmt: skip
         axes.margins(0.1)
-        axes.set_xlim(0, max(latencies_ms) * 1.08)
+        axes.set_xlim(0, max(high for _, high in intervals_ms) * 1.05)
         if not higher_is_better:
             axes.invert_yaxis()
         axes.set_xlabel("p50 latency, ms")

@@ -161,3 +161,7 @@ def test_the_command_refuses_in_a_line_with_status_2(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "machine.cores: found 2 and 64" in done.stderr
     assert secateur("compare", tmp_path / "a", tmp_path / "no").returncode == 2
+    no_recipe = write(tmp_path / "c", content(passed()) | {"recipe": {"model": "x"}})
+    done = secateur("compare", paths[0], no_recipe)
+    assert done.returncode == 2
+    assert "not reports that can be compared: KeyError('steps')" in done.stderr

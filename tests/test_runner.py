@@ -88,6 +88,10 @@ def test_the_report_counts_what_was_cut(finished):
     assert (sum(dense.heads), sum(pruned.heads)) == (12, 9)
     assert (sum(dense.neurons), sum(pruned.neurons)) == (144, 108)
     assert [len(kept) for kept in pruned.kept_heads] == list(pruned.heads)
+    told = pruned.details
+    for path, kept in zip(told["scored"], pruned.kept_heads, strict=True):
+        assert len(told["scores"][path]) == len(told["scored"][path]) == 4
+        assert {*told["scored"][path]} - {*told["removed"].get(path, ())} == {*kept}
     # A head: 3 x 8 x 33 + 8 x 32; a neuron: 32 + 1 + 32.
     assert dense.parameters - pruned.parameters == 3 * (3 * 8 * 33 + 8 * 32) + 36 * 65
     model = from_pretrained(pruned.folder)
