@@ -114,6 +114,14 @@ def test_every_slice_is_a_check_of_the_run(ran):
     assert found["p50 at 2x8 in ms"] == "pass"
 
 
+def test_what_the_gate_split_can_decide_is_said_before(ran):
+    done = secateur("check", ran.parent / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "max_drop 0.2, 600 examples, confidence 0.95" in done.stdout
+    assert "slices of length, each needs 100 examples or more" in done.stdout
+    assert "short: " in done.stdout
+
+
 def test_a_run_leaves_junit(ran):
     cases = ET.parse(ran / "junit.xml").getroot().iter("testcase")
     checks = json.loads((ran / "report.json").read_text())["verdict"]["checks"]
