@@ -10,7 +10,8 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from conftest import secateur, write_recipe
+import yaml
+from conftest import ROWS, secateur, write_recipe
 
 from benchmarks.outcomes import Outcomes
 from pipeline import ci
@@ -18,6 +19,7 @@ from pipeline.budget import Budget
 from pipeline.evidence import EvidenceError
 from pipeline.judging import hashes, judge_again
 from pipeline.reading import RecipeError
+from pipeline.recipe import Recipe
 from pipeline.runner import run
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +32,15 @@ def ran(tmp_path_factory):
         {"step": "finetune", "epochs": 6, "learning_rate": 2e-3},
         {"step": "prune", "heads": 0.25},
     ]
-    target = {"runtime": "torch", "loads": [{"batch": 2, "sequence": 8}], "rounds": 6, "threads": 1}
-    run(write_recipe(folder, steps=steps, target=target), folder / "out")
+    target = {"runtime": "torch", "loads": [{"batch": 2, "sequence": 8}], "rounds": 6, "threads": 1,
+              "dedicated": True}  # fmt: skip
+    slices = {"column": "length", "values": ["long", "short"], "max_drop": 0.5}
+    budget = {"max_drop": 0.2, "max_size": 2.0, "max_p50_ms": 1e5, "slices": slices}
+    path = write_recipe(folder, steps=steps, target=target, budget=budget)
+    lengths = ["long" if len(text.split()) > 8 else "short" for text, _ in ROWS]
+    rows = [f"{text},{label},{kind}" for (text, label), kind in zip(ROWS, lengths, strict=True)]
+    (folder / "data.csv").write_text("\n".join(["text,label,length", *rows]) + "\n")
+    run(path, folder / "out")
     return folder / "out"
 
 
@@ -42,7 +51,8 @@ def report(ran, tmp_path):
 
 def copy(report, folder):
     """Return a copy of a report and its evidence in a folder."""
-    for name in ("evidence/baseline.safetensors", "evidence/candidate.safetensors", "report.json"):
+    kept = ("baseline.safetensors", "candidate.safetensors", "slices.json")
+    for name in (*(f"evidence/{name}" for name in kept), "report.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes((report.parent / name).read_bytes())
     return folder / "report.json"
@@ -119,6 +129,27 @@ def test_the_command_needs_no_torch_and_has_the_verdicts_status(report, tmp_path
     assert [case.get("name") for case in suite.iter("testcase")] == ["accuracy drop", "size"]
     assert (tmp_path / "summary.md").read_text().startswith("# secateur: fail")
     assert report.is_file()
+
+
+def test_every_slice_is_a_check_of_the_run(ran):
+    report = json.loads((ran / "report.json").read_text())
+    found = {check["what"]: check["outcome"] for check in report["verdict"]["checks"]}
+    assert list(found) == [
+        "accuracy drop",
+        "size",
+        "p50 at 2x8 in ms",
+        "accuracy drop, length long",
+        "accuracy drop, length short",
+    ]
+    assert found["p50 at 2x8 in ms"] == "pass"
+
+
+def test_what_the_gate_split_can_decide_is_said_before(ran):
+    done = secateur("check", ran.parent / "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "max_drop 0.2, 600 examples, confidence 0.95" in done.stdout
+    assert "slices of length, each needs 100 examples or more" in done.stdout
+    assert "short: " in done.stdout
 
 
 def test_a_run_leaves_junit(ran):
@@ -251,7 +282,8 @@ BAD = {
     "half a speedup": (lambda r: edit_load(r, speedup={"value": 9.0}), "speedup.low: Field",
                        {"min_speedup": 0.1}),
     "no loads": (lambda r: edit_stage(r, -1, loads=[]), "found no loads", {"min_speedup": 0.1}),
-    "a machine that is shared": (lambda r: None, "which hold on a target that nothing else",
+    "a machine that is shared": (lambda r: edit(r, recipe={"target": {"dedicated": "yes"}}),
+                                 "which hold on a target that nothing else",
                                  {"max_p50_ms": 1e9}),
     "no slices": (lambda r: None, "found no column 'genre' in the evidence", GENRE),
     "too few slices": (few_slices, "found 1 values of 'genre', expected 600", GENRE),
@@ -306,6 +338,8 @@ def test_a_release_that_cannot_be_compared_is_an_error(report, tmp_path, change,
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("slices: {colum: a, max_drop: 0.1}", "slices.colum: unknown key; did you mean 'column'"),
+        ("regression: {max_drop: 0.1}", "regression.report: Field required"),
         ("max_dorp: 0.1", "max_dorp: unknown key; did you mean 'max_drop'"),
         ("max_drop: 2", "max_drop: Input should be less than 1, found 2"),
         ("confidence: 0.9", "found no limit"),
@@ -353,3 +387,21 @@ def test_a_message_of_several_lines_stays_one_command():
     (line,) = ci.annotations({"verdict": {"checks": [check]}})
     assert line.startswith("::error title=secateur::a%0Ab: 1")
     assert line.endswith("50 %25")
+
+
+def test_a_gate_split_counts_what_it_judged(ran):
+    # The last test here: it runs again in the folder that the others read.
+    report = json.loads((ran / "report.json").read_text())
+    assert len(report["ledger"]["candidates"]) == 1
+    folder = ran.parent
+    run(folder / "recipe.yaml", ran)
+    assert json.loads((ran / "report.json").read_text())["ledger"] == report["ledger"]
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["steps"][1]["heads"] = 0.5
+    recipe["budget"] = {"max_size": 9.0}
+    other = run(Recipe.model_validate(recipe), ran)
+    assert len(other.ledger["candidates"]) == 2
+    assert other.ledger["candidates"][0] == report["ledger"]["candidates"][0]
+    published = json.loads((ran / "artifact" / "manifest.json").read_text())
+    assert published["about"]["ledger"] == other.ledger
+    assert "has judged 2 candidates" in (ran / "report.md").read_text()

@@ -127,6 +127,23 @@ def test_repeated_steps_are_numbered(tmp_path):
             r"steps\.1: the model is quantized already by quantize",
         ),
         (changed("budget", {}), "budget: found no limit, expected at least one"),
+        (
+            changed("budget", "max_p95_ms", 9.0),
+            r"budget\.max_p95_ms: holds on a target that nothing else runs on, expected",
+        ),
+        (
+            changed("budget", "slices", {"column": "genre", "max_perplexity_ratio": 1.1}),
+            r"budget\.slices\.max_perplexity_ratio: text-classification has no",
+        ),
+        (changed("budget", "slices", {"column": "genre"}), r"budget\.slices: found no limit"),
+        (
+            changed("budget", "slices", {"colum": "genre", "max_drop": 0.1}),
+            r"budget\.slices\.colum: unknown key; did you mean 'column'",
+        ),
+        (
+            changed("budget", "regression", {"report": "x", "max_perplexity_ratio": 1.1}),
+            r"budget\.regression\.max_perplexity_ratio: text-classification has no",
+        ),
         ("", "found an empty file, expected a mapping"),
         ("- 1", "found list, expected a mapping"),
         ("model: {", "not YAML"),
@@ -135,6 +152,20 @@ def test_repeated_steps_are_numbered(tmp_path):
 )
 def test_a_mistake_is_said_with_its_place(tmp_path, recipe, message):
     with pytest.raises(RecipeError, match=message):
+        read(tmp_path, recipe)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("max_relative_drop", "perplexity grows"),
+        ("max_flips", "perplexity does not call an example right or wrong"),
+        ("max_kl", "causal-lm has no class probabilities"),
+    ],
+)
+def test_a_limit_that_the_metric_cannot_have_is_told(tmp_path, limit, message):
+    recipe = GOOD | {"task": GOOD["task"] | {"kind": "causal-lm"}, "budget": {limit: 0.1}}
+    with pytest.raises(RecipeError, match=rf"budget\.{limit}: {message}"):
         read(tmp_path, recipe)
 
 
