@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from exporters import ExportError
 from exporters import onnx as exporter
-from exporters.onnx.generation import open_generator
+from exporters.onnx.generation import open_generator, open_timed
 from pipeline import prune_heads, prune_neurons, save_pretrained, units
 
 ENDS = (5, 11, 17, 23)
@@ -102,6 +102,18 @@ def test_the_same_tokens_as_torch(family, written):
         new = np.asarray(found)[:, begins:]
         lengths |= {len(row) - int(np.argmax(np.isin(row, ENDS)[::-1])) for row in new}
     assert len(lengths) > 1  # rows ended at different places
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_every_token_is_timed_whatever_would_end_the_text(family, written):
+    model, folder = written(family)
+    model.generation_config.eos_token_id = [*range(99)]
+    model.generation_config.save_pretrained(folder)
+    predict = open_timed(folder, device="cpu", threads=1)
+    inputs = texts(2, 9, left=not model.config.is_encoder_decoder)
+    stamps = predict(inputs | {"new_tokens": np.asarray(6)})["token_ns"]
+    assert len(stamps) == 6
+    assert stamps[0] > 0 < np.diff(stamps).min()
 
 
 RULES = {
