@@ -71,12 +71,11 @@ def _of_stage(report: Json, stage: Json) -> Cells:
     peak: list[Node] = [_mb(memory["peak_rss_bytes"], "{:.0f}")]
     if memory.get("device_peak_bytes") is not None:
         peak.append(tag("small", _mb(memory["device_peak_bytes"], "{:.0f} on device")))
-    change: Cells = {"ratio": [f"{value / reference:.4f}"]}
-    if stage["score"]["higher_is_better"]:
-        change = {"drop": [f"{reference - value or 0.0:.4f}"]}
+    better = stage["score"]["higher_is_better"]
+    change = f"{reference - value or 0.0:.4f}" if better else f"{value / reference:.4f}"
     return {
         metric: [f"{value:#.4g}"],
-        **change,
+        "drop" if better else "ratio": [change],
         "flips": [number(stage["fidelity"]["flips"])],
         "size MB": [_mb(stage["size_bytes"], "{:.1f}")],
         "parameters": [f"{stage['parameters'] / 1e6:.2f} M"],

@@ -117,6 +117,13 @@ def test_unknown_memory_is_neither_zero_nor_drawn():
     assert "prune: not measured" in text
 
 
+def test_a_score_of_zero_is_drawn_like_any_other():
+    sample = content(failed())
+    for stage in sample["stages"]:
+        stage["score"]["value"] = 0.0
+    assert "accuracy stayed at 0.000" in Tree(page(sample)).text
+
+
 def test_decisions_are_told_in_the_words_of_the_task():
     text = Tree(written("pass")).text
     assert "broken" in text

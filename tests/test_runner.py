@@ -56,7 +56,7 @@ def test_a_run_leaves_artifact_and_reports(finished):
     assert report.stages[0].score.value > 0.9
     written = json.loads((folder / "out" / "report.json").read_text())
     assert written["verdict"]["outcome"] == "pass"
-    assert written["schema"] == 2
+    assert written["schema"] == 3
     for name in ("report.md", "report.html"):
         assert "finetune-2" in (folder / "out" / name).read_text()
     artifact = verify(folder / "out" / "artifact")
