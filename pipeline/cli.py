@@ -1,4 +1,4 @@
-"""The command line: arguments, and the exit code. Beside terminal.py, nothing else prints.
+"""The commands, one function each. Beside terminal.py, nothing else prints.
 
 0 within the budget    1 a budget is violated    2 the recipe, model, data or arguments are wrong
 3 inconclusive         4 the target or a dependency is not available here
@@ -6,12 +6,11 @@
 """
 
 import argparse
-import errno
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn
@@ -19,9 +18,11 @@ from typing import Final, NoReturn
 from rich.markup import escape
 from rich.table import Table
 
+from pipeline import arguments
+from pipeline.arguments import PASSWORD
+from pipeline.statuses import CODES, FAILED, UNAVAILABLE, WRONG, disk, guarded, say
 from pipeline.terminal import (
     Bars,
-    err,
     out,
     progress,
     show_bench,
@@ -35,273 +36,27 @@ from pipeline.terminal import (
     show_verdict,
 )
 
-CODES: Final = {"pass": 0, "fail": 1, "inconclusive": 3}
-PASSWORD: Final = "SECATEUR_KEY_PASSWORD"  # noqa: S105 - the name of a variable
-NOT_THERE: Final = frozenset(
-    {
-        errno.EACCES,
-        errno.EEXIST,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
-"""What the system says of a path that a user should not have named."""
-WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
 
-
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
+def main(words: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
-    options = _parser().parse_args(arguments)
-    if options.command in {_verify, _gate, _compare, _sign, _store}:
-        sys.exit(options.command(options))  # where it is done there may be no torch
+    options = arguments.parser().parse_args(words)
+    command = COMMANDS[options.command]
+    if command in {_verify, _gate, _compare, _sign, _store}:
+        sys.exit(command(options))  # where it is done there may be no torch
     _silence()
-    sys.exit(_guarded(lambda: options.command(options)))
+    sys.exit(guarded(lambda: command(options)))
 
 
 def run(options: argparse.Namespace) -> NoReturn:
-    """Run a recipe, and exit; `options` are those of `run_arguments`."""
+    """Run a recipe, and exit; `options` are those of `arguments.run_arguments`."""
     _silence()
-    sys.exit(_guarded(lambda: _run(options)))
+    sys.exit(guarded(lambda: _run(options)))
 
 
 def convert(options: argparse.Namespace) -> NoReturn:
     """Build an engine without a recipe, and exit."""
     _silence()
-    sys.exit(_guarded(lambda: _convert(options)))
-
-
-def run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `run`."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/<recipe>")
-    parser.add_argument("--fresh", action="store_true", help="do every step again")
-    parser.add_argument(
-        "--push", metavar="ORG/NAME", help="upload the artifact to the hub if the verdict is a pass"
-    )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="secateur",
-        description="Prune, quantize and export Hugging Face transformers: measured at every stage,"
-        " judged by a gate.",
-        epilog="exit codes: 0 within the budget, 1 a budget is violated, 2 recipe, model, data or"
-        " arguments are wrong, 3 inconclusive, 4 target or dependency not available, 5 a stage"
-        " failed, 130 interrupted",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser("run", help="run the whole pipeline; resumes by itself")
-    run_arguments(run)
-    run.set_defaults(command=_run)
-    check = commands.add_parser("check", help="resolve recipes, and say what would run")
-    check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
-    check.set_defaults(command=_check)
-    inspect = commands.add_parser("inspect", help="what a model is made of, and what can be cut")
-    inspect.add_argument(
-        "model", metavar="MODEL", help="folder, hub id, builtin:minilm, or a recipe (.yaml)"
-    )
-    inspect.add_argument(
-        "--scores",
-        type=Path,
-        metavar="FILE",
-        help="with a recipe: score all heads on its calibration data, and draw them (.svg, .png)",
-    )
-    inspect.add_argument("--sequence", type=int, default=128, help="tokens; default: 128")
-    inspect.add_argument(
-        "--per-layer-config",
-        type=Path,
-        metavar="FILE",
-        help="write the configuration of a pruned folder in transformers' schema for such models",
-    )
-    inspect.set_defaults(command=_inspect)
-    verify = commands.add_parser(
-        "verify", help="whether a released artifact is what was released; without torch"
-    )
-    verify.add_argument("folder", type=Path, metavar="FOLDER")
-    verify.add_argument(
-        "--public-key", type=Path, metavar="FILE", help="refuse it unless signed with this key's"
-    )
-    verify.set_defaults(command=_verify)
-    sign = commands.add_parser("sign", help="sign a released artifact; needs the extra `sign`")
-    sign.add_argument("folder", type=Path, metavar="FOLDER")
-    sign.add_argument(
-        "--key",
-        type=Path,
-        metavar="FILE",
-        required=True,
-        help=f"ECDSA private key in PEM; its password, if any, is taken from ${PASSWORD}",
-    )
-    sign.set_defaults(command=_sign)
-    store = commands.add_parser("store", help="what the stores of runs hold, and what is not used")
-    store.add_argument(
-        "folders", type=Path, nargs="*", metavar="FOLDER", help="of runs; default: all below runs/"
-    )
-    store.add_argument("--prune", action="store_true", help="remove what the last run does not use")
-    store.set_defaults(command=_store)
-    gate = commands.add_parser(
-        "gate", help="judge a run again, from its report; runs no model, and needs no torch"
-    )
-    gate.add_argument(
-        "report", type=Path, nargs="?", metavar="REPORT", help="report.json, or its folder"
-    )
-    gate.add_argument("--budget", type=Path, metavar="FILE", help="in place of the recipe's")
-    gate.add_argument(
-        "--baseline",
-        type=Path,
-        metavar="REPORT",
-        help="judge against the artifact of this report, too: the last release",
-    )
-    gate.add_argument(
-        "--plan",
-        dest="examples",
-        type=int,
-        metavar="EXAMPLES",
-        help="no report: say what so many examples can decide of --budget or --max-drop",
-    )
-    gate.add_argument("--max-drop", type=float, metavar="DROP", help="with --plan: of the score")
-    gate.add_argument(
-        "--junit", type=Path, metavar="FILE", help="write JUnit XML, one case a check"
-    )
-    gate.add_argument(
-        "--github", action="store_true", help="annotations, and the summary of the job"
-    )
-    gate.set_defaults(command=_gate)
-    _bench_arguments(commands.add_parser("bench", help="time artifacts of any format, in turns"))
-    compare = commands.add_parser("compare", help="two runs side by side; needs no torch")
-    compare.add_argument("reports", type=Path, nargs=2, metavar="REPORT", help="as for gate")
-    compare.add_argument("--markdown", type=Path, metavar="FILE", help="write it as Markdown, too")
-    compare.set_defaults(command=_compare)
-    rebuild = commands.add_parser(
-        "rebuild", help="make the TensorRT engine of an artifact again, on this machine"
-    )
-    rebuild.add_argument("folder", type=Path, metavar="FOLDER")
-    rebuild.set_defaults(command=_rebuild)
-    doctor = commands.add_parser("doctor", help="what this machine can run")
-    doctor.set_defaults(command=_doctor)
-    return parser
-
-
-def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "artifacts",
-        type=Path,
-        nargs="+",
-        metavar="ARTIFACT",
-        help="folder of secateur, of a Hugging Face model, with model.onnx; or a file .onnx; ratios"
-        " are to the first",
-    )
-    parser.add_argument(
-        "--scenario",
-        default="single-stream",
-        choices=["single-stream", "multi-stream", "offline", "server", "generation"],
-        help="default: single-stream, one query after the other",
-    )
-    parser.add_argument(
-        "--batch", type=_counts, metavar="N,..", help="default: 1; others 8 or 1,8,32"
-    )
-    parser.add_argument(
-        "--sequence", type=_counts, default=[128], metavar="N,..", help="default: 128"
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=_counts, metavar="N", help="default: all usable cores")
-    parser.add_argument(
-        "--seconds", type=_positive, default=60.0, help="a load, at most; default: 60"
-    )
-    parser.add_argument(
-        "--precision",
-        type=_positive,
-        default=0.02,
-        help="of a ratio, at which a load ends; default: 0.02, half of its interval",
-    )
-    parser.add_argument(
-        "--noise",
-        type=_positive,
-        default=0.05,
-        help="differences up to this are none; default: 0.05",
-    )
-    parser.add_argument("--rate", type=_positive, help="server: queries a second")
-    parser.add_argument("--new-tokens", type=_counts, default=[32], metavar="N", help="generation")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="lines of text to be answered")
-    parser.add_argument(
-        "--loadgen", action="store_true", help="let MLCommons' LoadGen measure it once more"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
-    parser.set_defaults(command=_bench)
-
-
-def _counts(text: str) -> list[int]:
-    counts = [int(part) for part in text.split(",")]
-    if min(counts) < 1:
-        raise ValueError(text)
-    return counts
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError(text)
-    return value
-
-
-def _guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of error
-    """Return the exit code of what is done; errors that a user can mend are shown as one line."""
-    from safetensors import SafetensorError
-
-    from benchmarks.data import DataError
-    from benchmarks.machine import Unavailable
-    from benchmarks.worker import WorkerError
-    from exporters import ExportError, MissingDependency, NotHere
-    from pipeline.checkpoint import ModelError
-    from pipeline.evidence import EvidenceError
-    from pipeline.finetuning import TrainingError
-    from pipeline.manifest import Damaged
-    from pipeline.quantization import QuantizationError
-    from pipeline.reading import RecipeError
-
-    wrong = (RecipeError, DataError, ModelError, EvidenceError, Damaged)
-    unavailable = (Unavailable, MissingDependency, NotHere)
-    failed = (
-        WorkerError,
-        TrainingError,
-        ExportError,
-        QuantizationError,
-        FloatingPointError,
-        MemoryError,
-        SafetensorError,
-    )
-    try:
-        return act()
-    except wrong as error:
-        return _say(WRONG, error)
-    except unavailable as error:
-        return _say(UNAVAILABLE, error)
-    except failed as error:
-        return _say(FAILED, str(error) or "out of memory; choose a smaller batch or model")
-    except OSError as error:
-        return _say(*_disk(error))
-    except KeyboardInterrupt:
-        return _say(INTERRUPTED, "interrupted; run the same command again to go on")
-    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        err.print_exception()
-        return _say(FAILED, f"{type(error).__name__}: {error}; please report it with what is above")
-
-
-def _disk(error: OSError) -> tuple[int, str]:
-    """Return code and message for a file that cannot be written or read."""
-    where = error.filename or "output"
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        return FAILED, f"{where}: no space left; free some, and run the same command again"
-    if error.errno in NOT_THERE:
-        return WRONG, f"{where}: cannot be written or read: {error.strerror}"
-    return FAILED, f"{where}: {error}"
-
-
-def _say(code: int, message: object) -> int:
-    err.print(f"secateur: {escape(str(message))}", soft_wrap=True)
-    return code
+    sys.exit(guarded(lambda: _convert(options)))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -323,7 +78,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    return max(_guarded(partial(_check_one, path)) for path in options.recipes)
+    return max(guarded(partial(_check_one, path)) for path in options.recipes)
 
 
 def _check_one(path: Path) -> int:
@@ -401,11 +156,11 @@ def _gate(options: argparse.Namespace) -> int:
     try:
         return _judge(options) if options.examples is None else _plan(options)
     except (RecipeError, EvidenceError) as error:
-        return _say(WRONG, error)
+        return say(WRONG, error)
     except OSError as error:
-        return _say(*_disk(error))
+        return say(*disk(error))
     except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        return _say(WRONG, f"{options.report}: not a report that can be judged: {error!r}")
+        return say(WRONG, f"{options.report}: not a report that can be judged: {error!r}")
 
 
 def _judge(options: argparse.Namespace) -> int:
@@ -460,11 +215,11 @@ def _compare(options: argparse.Namespace) -> int:
         if options.markdown:
             write_text(options.markdown, comparison.markdown(found, (first, second)))
     except EvidenceError as error:
-        return _say(WRONG, error)
+        return say(WRONG, error)
     except OSError as error:
-        return _say(*_disk(error))
+        return say(*disk(error))
     except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        return _say(WRONG, f"{first}, {second}: not reports that can be compared: {error!r}")
+        return say(WRONG, f"{first}, {second}: not reports that can be compared: {error!r}")
     show_comparison(found, (first, second))
     return 0
 
@@ -531,15 +286,15 @@ def _lightly(act: Callable[[], int], where: object) -> int:
     try:
         return act()
     except (Damaged, RecipeError) as error:
-        return _say(WRONG, error)
+        return say(WRONG, error)
     except (MissingDependency, NotHere, Unavailable) as error:
-        return _say(UNAVAILABLE, error)
+        return say(UNAVAILABLE, error)
     except ExportError as error:
-        return _say(FAILED, error)
+        return say(FAILED, error)
     except OSError as error:
-        return _say(*_disk(error))
+        return say(*disk(error))
     except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        return _say(FAILED, f"{where}: {type(error).__name__}: {error}")
+        return say(FAILED, f"{where}: {type(error).__name__}: {error}")
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -547,7 +302,7 @@ def _convert(options: argparse.Namespace) -> int:
     from pipeline.conversion import convert
 
     if options.folder.exists():
-        return _say(WRONG, f"{options.folder}: there already, expected a new folder")
+        return say(WRONG, f"{options.folder}: there already, expected a new folder")
     settings = tensorrt.Settings(compute_capabilities=tuple(options.compute_capabilities))
     with progress() as bars:
         about = convert(
@@ -629,3 +384,18 @@ def _silence() -> None:
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
+
+
+COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
+    "run": _run,
+    "check": _check,
+    "inspect": _inspect,
+    "verify": _verify,
+    "sign": _sign,
+    "store": _store,
+    "gate": _gate,
+    "bench": _bench,
+    "compare": _compare,
+    "rebuild": _rebuild,
+    "doctor": _doctor,
+}

@@ -44,6 +44,7 @@ from pipeline.store import Entry, Store
 _WITHOUT_EFFECT: Final = frozenset(
     {
         "__main__.py",
+        "arguments.py",
         "artifact.py",
         "bench.py",
         "budget.py",
@@ -77,6 +78,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "report.py",
         "runner.py",
         "signing.py",
+        "statuses.py",
         "tables.py",
         "terminal.py",
         "timed_generation.py",

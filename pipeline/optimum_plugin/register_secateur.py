@@ -23,7 +23,7 @@ class CompressCommand(BaseOptimumCLICommand):  # type: ignore[misc]
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the arguments of `secateur run`."""
-        from pipeline.cli import run_arguments
+        from pipeline.arguments import run_arguments
 
         run_arguments(parser)
 

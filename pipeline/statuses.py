@@ -1,0 +1,83 @@
+"""How a command ends: its exit status, and one line for what a user can mend."""
+
+import errno
+from collections.abc import Callable
+from typing import Final
+
+from rich.markup import escape
+
+from pipeline.terminal import err
+
+CODES: Final = {"pass": 0, "fail": 1, "inconclusive": 3}
+WRONG, UNAVAILABLE, FAILED, INTERRUPTED = 2, 4, 5, 130
+NOT_THERE: Final = frozenset(
+    {
+        errno.EACCES,
+        errno.EEXIST,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+"""What the system says of a path that a user should not have named."""
+
+
+def guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of error
+    """Return the exit code of what is done; errors that a user can mend are shown as one line."""
+    from safetensors import SafetensorError
+
+    from benchmarks.data import DataError
+    from benchmarks.machine import Unavailable
+    from benchmarks.worker import WorkerError
+    from exporters import ExportError, MissingDependency, NotHere
+    from pipeline.checkpoint import ModelError
+    from pipeline.evidence import EvidenceError
+    from pipeline.finetuning import TrainingError
+    from pipeline.manifest import Damaged
+    from pipeline.quantization import QuantizationError
+    from pipeline.reading import RecipeError
+
+    wrong = (RecipeError, DataError, ModelError, EvidenceError, Damaged)
+    unavailable = (Unavailable, MissingDependency, NotHere)
+    failed = (
+        WorkerError,
+        TrainingError,
+        ExportError,
+        QuantizationError,
+        FloatingPointError,
+        MemoryError,
+        SafetensorError,
+    )
+    try:
+        return act()
+    except wrong as error:
+        return say(WRONG, error)
+    except unavailable as error:
+        return say(UNAVAILABLE, error)
+    except failed as error:
+        return say(FAILED, str(error) or "out of memory; choose a smaller batch or model")
+    except OSError as error:
+        return say(*disk(error))
+    except KeyboardInterrupt:
+        return say(INTERRUPTED, "interrupted; run the same command again to go on")
+    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
+        err.print_exception()
+        return say(FAILED, f"{type(error).__name__}: {error}; please report it with what is above")
+
+
+def disk(error: OSError) -> tuple[int, str]:
+    """Return code and message for a file that cannot be written or read."""
+    where = error.filename or "output"
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return FAILED, f"{where}: no space left; free some, and run the same command again"
+    if error.errno in NOT_THERE:
+        return WRONG, f"{where}: cannot be written or read: {error.strerror}"
+    return FAILED, f"{where}: {error}"
+
+
+def say(code: int, message: object) -> int:
+    """Show a message, and return the exit status."""
+    err.print(f"secateur: {escape(str(message))}", soft_wrap=True)
+    return code
