@@ -13,7 +13,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -201,19 +200,20 @@ def main() -> None:
     )
     measured = compare(found, settings)
     (options.output / "peers.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    metric = metrics.METRICS[work.metric]
+    right = (lambda c: np.asarray(metric.function(c)) > 0) if metric.kind == "binary" else None
     shapes = [f"{batch}x{length}" for batch, length in settings.loads]
     header = ["", work.metric, "flips", "MB", "peak MB"]
     header += [f"ms {shape}" for shape in shapes] + [f"speed {shape}" for shape in shapes]
     rows = [header, ["---"] * len(header)]
     for artifact, outcome in zip(measured["artifacts"], outcomes, strict=True):
-        right = partial(metrics.METRICS[work.metric].function)
-        same = fidelity(outcomes[0], outcome, lambda c: np.asarray(right(c)) > 0)  # noqa: B023
+        same = fidelity(outcomes[0], outcome, right)
         results = artifact["results"]
         rows.append(
             [
                 artifact["name"],
                 f"{metrics.score(work.metric, outcome.columns):.4f}",
-                str(same.flips),
+                "-" if same.flips is None else str(same.flips),
                 f"{artifact['size_bytes'] / 1e6:.1f}",
                 f"{artifact['peak_rss_bytes'] / 1e6:.0f}",
                 *(f"{result['latency_ms']['p50']:.1f}" for result in results),

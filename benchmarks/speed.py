@@ -27,6 +27,8 @@ COUNTED: Final = 2
 """Calls of a turn that are counted."""
 FEWEST: Final = 6
 """Rounds below which there is no interval of a median at `CONFIDENCE`."""
+TRUSTED: Final = 15
+"""Rounds below which a narrow interval may be luck: it is looked at after every one."""
 
 T = TypeVar("T")
 Turns = list[list[float]]
@@ -78,8 +80,9 @@ def interleave(
 ) -> dict[str, Turns]:
     """Return what each artifact gave in each of its turns.
 
-    It ends after `rounds` rounds, or after `seconds`, or when every ratio to the first artifact is
-    known to `precision`, but not before 6 rounds, the fewest that bound a median at 95 %.
+    It ends after `rounds` rounds, or after `seconds`, but not before 6 rounds, the fewest that
+    bound a median at 95 %; or, from 15 rounds on, when every ratio to the first artifact is known
+    to `precision`.
 
     Args:
         artifacts: whose turns they are, by name.
@@ -104,7 +107,7 @@ def interleave(
 
 def _precise(found: Mapping[str, Turns], precision: float | None) -> bool:
     first, *others = found.values()
-    if precision is None or not others:
+    if precision is None or not others or len(first) < TRUSTED:
         return False
     ratios = [ratio(first, other) for other in others]
     return all((each.high - each.low) / 2 <= precision * each.value for each in ratios)

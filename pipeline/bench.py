@@ -34,8 +34,9 @@ BATCHES: Final[Mapping[str, Sequence[int]]] = {
     "generation": (1,),
 }
 """Of a query, unless told otherwise."""
-TURN_SECONDS: Final = 0.3
-"""Of a turn in the scenarios offline and server."""
+OFFLINE_SECONDS: Final = 0.3
+SERVER_SECONDS: Final = 2.0
+"""Of a turn: long enough for queries to queue up as they do in the long run."""
 LOADGEN: Final = {"seconds": 5.0, "queries": 64}
 """What a run of LoadGen lasts at least."""
 UTILIZATION: Final = 0.5
@@ -139,6 +140,7 @@ def compare(
         "schema": SCHEMA,
         "settings": asdict(settings) | {"text": settings.text and str(settings.text)},
         "machine": asdict(machine.describe()) | {"stalled": stalled},
+        "no_watts": energy.counters()[1],
         "artifacts": [
             _about(this, name) | alone[name] | {"results": results[name]} for name in found
         ],
@@ -190,11 +192,11 @@ def _one_after_another(this: Bench, start: Start, summary: Summary) -> Results:
             for name, worker in workers.items():
                 worker.hold(at, this.inputs[name][at])
             turn, about = start(this, workers, at)
-            turns, joules = _take_turns(this, turn, load)
+            turns, watts = _take_turns(this, turn, load)
             for name, each in turns.items():
                 results[name].append(
                     _result(this, turns, name, load)
-                    | {"joules_per_turn": joules[name]}
+                    | {"watts": watts[name]}
                     | about
                     | summary(each, load)
                     | _driven(this, workers[name], at, about.get("rate_per_s"))
@@ -228,7 +230,7 @@ def _serve(this: Bench, workers: Mapping[str, Worker], at: int) -> tuple[Turn, d
 
     def turn(name: str) -> list[float]:
         turns[name] += 1
-        arrivals = scenarios.poisson(rate, max(round(TURN_SECONDS * rate), 2), turns[name])
+        arrivals = scenarios.poisson(rate, max(round(SERVER_SECONDS * rate), 2), turns[name])
         return scenarios.server(workers[name], at, arrivals)
 
     return turn, {"rate_per_s": rate}
@@ -274,7 +276,7 @@ def _offline(this: Bench) -> Results:
         def turn(way: tuple[str, int, int]) -> list[float]:
             name, count, at = way
             batch = this.settings.loads[at][0]
-            return scenarios.offline(instances[name, count], at, batch, TURN_SECONDS)
+            return scenarios.offline(instances[name, count], at, batch, OFFLINE_SECONDS)
 
         for length in sorted({length for _, length in this.settings.loads}):
             loads = [at for at, load in enumerate(this.settings.loads) if load[1] == length]
@@ -282,7 +284,7 @@ def _offline(this: Bench) -> Results:
                 name: min(product([name], counts, loads), key=lambda way: max(turn(way), turn(way)))
                 for name in this.found
             }
-            turns, joules = _take_turns(this, lambda name: turn(best[name]), (0, length))  # noqa: B023 - called at once
+            turns, watts = _take_turns(this, lambda name: turn(best[name]), (0, length))  # noqa: B023 - called at once
             for name, (_, count, at) in best.items():
                 load = this.settings.loads[at]
                 results[name].append(
@@ -290,7 +292,7 @@ def _offline(this: Bench) -> Results:
                     | {
                         "instances": count,
                         "throughput_per_s": 1e3 / float(np.median(turns[name])),
-                        "joules_per_turn": joules[name],
+                        "watts": watts[name],
                     }
                     | _driven(this, instances[name, 1][0], at, None)
                 )
@@ -308,14 +310,15 @@ def _driven(this: Bench, worker: Worker, at: int, rate: float | None) -> dict[st
 def _take_turns(
     this: Bench, turn: Turn, load: tuple[int, int]
 ) -> tuple[dict[str, Turns], dict[str, float | None]]:
-    """Return the turns of all artifacts, and the energy of one, where it can be read."""
+    """Return the turns of all artifacts, and the power used in them, where it can be read."""
     sensors, _ = energy.counters()
-    used = dict.fromkeys(this.found, 0.0)
+    joules, seconds = dict.fromkeys(this.found, 0.0), dict.fromkeys(this.found, 0.0)
 
     def metered(name: str) -> list[float]:
-        before = energy.read(sensors)
+        before, start = energy.read(sensors), monotonic()
         latencies = turn(name)
-        used[name] += energy.joules(sensors, before, energy.read(sensors))
+        joules[name] += energy.joules(sensors, before, energy.read(sensors))
+        seconds[name] += monotonic() - start
         return latencies
 
     settings = this.settings
@@ -328,8 +331,7 @@ def _take_turns(
         track=this.track,
         what=f"timing {load[0]}x{load[1]}" if load[0] else f"timing {load[1]} tokens",
     )
-    joules = {name: used[name] / len(each) if sensors else None for name, each in turns.items()}
-    return turns, joules
+    return turns, {name: joules[name] / seconds[name] if sensors else None for name in turns}
 
 
 def _result(

@@ -310,7 +310,7 @@ WORK: Final[Columns] = {
     "million multiply-adds": lambda r: f"{sum(r['multiply_adds'].values()) / 1e6:,.1f}",
     "of peak rate": lambda r: f"{r['limit']['compute']:.0%}",
     "of reading weights": lambda r: f"{r['limit']['weights']:.0%}",
-    "joules": lambda r: f"{r['joules_per_turn']:.2f}",
+    "watts": lambda r: f"{r['watts']:.1f}",
 }
 
 

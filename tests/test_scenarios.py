@@ -50,7 +50,7 @@ def test_turns_are_taken_there_and_back():
     assert found == {"A": [[1.0]] * 3, "B": [[1.0]] * 3}
 
 
-@pytest.mark.parametrize(("spread", "rounds"), [(0.0, 6), (0.5, 40)])
+@pytest.mark.parametrize(("spread", "rounds"), [(0.0, 15), (0.5, 40)])
 def test_it_ends_when_the_interval_is_narrow(spread, rounds):
     generator = np.random.default_rng(0)
     found = speed.interleave(
