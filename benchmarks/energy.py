@@ -23,7 +23,8 @@ class Counter:
 
 def counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
     """Return the counters of all packages, or none and the reason."""
-    packages = sorted(root.glob("*-rapl:[0-9]"))
+    zones = sorted(root.glob("*-rapl:[0-9]*"))
+    packages = [zone for zone in zones if _name(zone).startswith("package")]
     if not packages:
         return [], "this machine has no energy counter"
     found = []
@@ -35,6 +36,13 @@ def counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
             return [], f"the energy counter cannot be read: {error.strerror}"
         found.append(Counter(package / "energy_uj", wraps))
     return found, ""
+
+
+def _name(zone: Path) -> str:
+    try:
+        return (zone / "name").read_text().strip()
+    except OSError:
+        return ""
 
 
 def read(found: list[Counter]) -> list[int]:

@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
-from scipy.stats import binom
-
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
 
@@ -26,8 +24,6 @@ SCENARIOS: Final = {
     "offline": "Offline",
     "server": "Server",
 }
-CONFIDENCE: Final = 0.99
-"""Of LoadGen's early stopping."""
 SAMPLES: Final = 16
 """In the library of queries, which are all the held batch."""
 
@@ -47,27 +43,6 @@ def available(scenario: str) -> None:
             "--loadgen: mlcommons-loadgen is not installed; install the extra `mlperf`:"
             " pip install -e '.[mlperf]'"
         )
-
-
-def early_stopping(latencies: Sequence[float], percentile: float) -> float | None:
-    """Return LoadGen's estimate of a percentile, or None where there are too few latencies.
-
-    It is so high that with 99 % confidence no more than the allowed share of all latencies lies
-    above it: the largest are left out, as many as that bound permits.
-
-    Source: MLPerf inference rules, appendix "early stopping criterion".
-
-    Args:
-        latencies: of all queries.
-        percentile: in (0, 1).
-    """
-    count = len(latencies)
-    fewest = 0
-    # That so few would lie above it by chance, if more than the allowed share did.
-    while binom.cdf(fewest, count, 1 - percentile) <= 1 - CONFIDENCE:
-        fewest += 1
-    # LoadGen keeps one more than that bound asks for.
-    return sorted(latencies)[count - fewest + 1] if fewest > 1 else None
 
 
 def drive(predictor: Predictor, inputs: Arrays, settings: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,11 @@ _PACKAGES = (
     "tokenizers",
     "datasets",
     "bitsandbytes",
+    "mlcommons-loadgen",
+    "openvino",
+    "nncf",
+    "tensorrt",
+    "tensorrt-rtx",
     "optimum",
     "gptqmodel",
 )
@@ -99,8 +105,11 @@ def describe() -> Machine:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use, by affinity and control group."""
+    has = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return cores if quota is None else max(1, min(cores, ceil(quota)))
 
 
 def pressure() -> dict[str, float | None]:

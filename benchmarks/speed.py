@@ -28,7 +28,9 @@ COUNTED: Final = 2
 FEWEST: Final = 6
 """Rounds below which there is no interval of a median at `CONFIDENCE`."""
 TRUSTED: Final = 15
-"""Rounds below which a narrow interval may be luck: it is looked at after every one."""
+"""Rounds below which a narrow interval may be luck."""
+LOOKED: Final = 5
+"""After so many rounds each it is looked at: such intervals cover a little less than they say."""
 
 T = TypeVar("T")
 Turns = list[list[float]]
@@ -107,9 +109,11 @@ def interleave(
 
 def _precise(found: Mapping[str, Turns], precision: float | None) -> bool:
     first, *others = found.values()
-    if precision is None or not others or len(first) < TRUSTED:
+    if precision is None or len(first) < TRUSTED or len(first) % LOOKED:
         return False
-    ratios = [ratio(first, other) for other in others]
+    # One alone is compared with itself a turn before: with how steady it is.
+    pairs = [(first, other) for other in others] or [(first[1:], first[:-1])]
+    ratios = [ratio(*pair) for pair in pairs]
     return all((each.high - each.low) / 2 <= precision * each.value for each in ratios)
 
 
@@ -161,13 +165,17 @@ def verdict(found: Ratio, noise: float) -> Speed:
 def percentiles(latencies: Sequence[float]) -> Percentiles:
     """Return the percentiles of latencies, in the order in which they were measured.
 
+    Each is one of the latencies: the smallest that is not below that share, as LoadGen has it.
     The bounds are order statistics. An upper bound alone at `CONFIDENCE` is what makes a percentile
     known: p90 needs 29 samples, p95 59, p99 299. Both ends of its interval need 36, 72 and 368.
     """
 
+    def at(p: float) -> float:
+        return float(np.quantile(latencies, p, method="higher"))
+
     def known(p: float) -> float | None:
         bound = quantile_test(latencies, p=p, alternative="less").confidence_interval(CONFIDENCE)
-        return float(np.quantile(latencies, p)) if np.isfinite(bound.high) else None
+        return at(p) if np.isfinite(bound.high) else None
 
     def interval(p: float) -> tuple[float | None, float | None]:
         bounds = quantile_test(latencies, p=p).confidence_interval(CONFIDENCE)
@@ -177,7 +185,7 @@ def percentiles(latencies: Sequence[float]) -> Percentiles:
     shares = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
     values = {name: known(share) for name, share in shares.items()}
     return Percentiles(
-        p50=float(np.median(latencies)),
+        p50=at(0.5),
         p90=values["p90"],
         p95=values["p95"],
         p99=values["p99"],

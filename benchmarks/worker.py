@@ -167,7 +167,10 @@ class Worker:
         return reply
 
     def _failure(self) -> WorkerError:
-        status = self._process.wait()
+        try:
+            status = self._process.wait(REPLY_SECONDS)
+        except subprocess.TimeoutExpired:
+            return WorkerError(f"{self._name}: it closed the line and did not end")
         self._stderr.seek(0)
         lines = [line for line in self._stderr.read().splitlines() if line.strip()]
         last = lines[-1].strip() if lines else "without a message"

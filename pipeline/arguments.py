@@ -131,7 +131,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequence", type=_counts, default=[128], metavar="N,..", help="default: 128"
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=_counts, metavar="N", help="default: all usable cores")
+    parser.add_argument("--threads", type=_count, metavar="N", help="default: all usable cores")
     parser.add_argument(
         "--seconds", type=_positive, default=60.0, help="a load, at most; default: 60"
     )
@@ -148,7 +148,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="differences up to this are none; default: 0.05",
     )
     parser.add_argument("--rate", type=_positive, help="server: queries a second")
-    parser.add_argument("--new-tokens", type=_counts, default=[32], metavar="N", help="generation")
+    parser.add_argument("--new-tokens", type=_count, default=32, metavar="N", help="generation")
     parser.add_argument("--text", type=Path, metavar="FILE", help="lines of text to be answered")
     parser.add_argument(
         "--loadgen", action="store_true", help="let MLCommons' LoadGen measure it once more"
@@ -156,15 +156,21 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 on")
+    return int(text)
+
+
 def _counts(text: str) -> list[int]:
-    counts = [int(part) for part in text.split(",")]
-    if min(counts) < 1:
-        raise ValueError(text)
-    return counts
+    return [_count(part) for part in text.split(",")]
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a number above 0")
     return value

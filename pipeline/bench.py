@@ -5,11 +5,10 @@ first artifact, and is measured until its interval is narrow enough or the time 
 be known here is None, with the reason beside it where it is not the machine's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from time import monotonic
 from typing import Any, Final
@@ -36,7 +35,8 @@ BATCHES: Final[Mapping[str, Sequence[int]]] = {
 """Of a query, unless told otherwise."""
 OFFLINE_SECONDS: Final = 0.3
 SERVER_SECONDS: Final = 2.0
-"""Of a turn: long enough for queries to queue up as they do in the long run."""
+FEWEST_QUERIES: Final = 30
+"""Of a turn: enough for queries to queue up as they do in the long run."""
 LOADGEN: Final = {"seconds": 5.0, "queries": 64}
 """What a run of LoadGen lasts at least."""
 UTILIZATION: Final = 0.5
@@ -58,7 +58,7 @@ class Settings:
     device: str = "cpu"
     threads: int = 1
     seconds: float = 60.0
-    rounds: int = 200
+    rounds: int = 2000
     precision: float = 0.02
     noise: float = 0.05
     rate: float | None = None
@@ -100,7 +100,7 @@ def bench(paths: Sequence[Path], settings: Settings, track: Track = silent) -> d
     find = candidates.generator if settings.scenario == "generation" else candidates.find
     found = [find(path, settings.device) for path in paths]
     for each in found:
-        openers.check(each.runtime, settings.device)
+        openers.check(each.runtime, settings.device, "--device")
     return compare(found, settings, track)
 
 
@@ -140,7 +140,7 @@ def compare(
         "schema": SCHEMA,
         "settings": asdict(settings) | {"text": settings.text and str(settings.text)},
         "machine": asdict(machine.describe()) | {"stalled": stalled},
-        "no_watts": energy.counters()[1],
+        "no_watts": _sensors(settings)[1],
         "artifacts": [
             _about(this, name) | alone[name] | {"results": results[name]} for name in found
         ],
@@ -230,7 +230,9 @@ def _serve(this: Bench, workers: Mapping[str, Worker], at: int) -> tuple[Turn, d
 
     def turn(name: str) -> list[float]:
         turns[name] += 1
-        arrivals = scenarios.poisson(rate, max(round(SERVER_SECONDS * rate), 2), turns[name])
+        arrivals = scenarios.poisson(
+            rate, max(round(SERVER_SECONDS * rate), FEWEST_QUERIES), turns[name]
+        )
         return scenarios.server(workers[name], at, arrivals)
 
     return turn, {"rate_per_s": rate}
@@ -244,6 +246,8 @@ def _waits(turns: Turns, load: tuple[int, int]) -> dict[str, Any]:
 def _generate(this: Bench, workers: Mapping[str, Worker], at: int) -> tuple[Turn, dict[str, Any]]:
     """Generate a fixed number of tokens."""
     prompts = {name: this.inputs[name][at] for name in workers}
+    for name, worker in workers.items():
+        scenarios.generation(worker, prompts[name])  # warms up
     return lambda name: scenarios.generation(workers[name], prompts[name]), {}
 
 
@@ -258,45 +262,55 @@ def _tokens(turns: Turns, load: tuple[int, int]) -> dict[str, Any]:
 
 def _offline(this: Bench) -> Results:
     """Return how many inputs a second are answered, at the best batch and instances of each."""
-    threads = this.settings.threads
-    counts = [count for count in range(1, threads + 1) if threads % count == 0]
     results: Results = {name: [] for name in this.found}
-    with ExitStack() as stack:
-        instances = {
-            (name, count): [
-                stack.enter_context(this.open(each, threads // count)) for _ in range(count)
-            ]
-            for name, each in this.found.items()
-            for count in counts
-        }
-        for (name, _), workers in instances.items():
-            for worker, at in product(workers, range(len(this.settings.loads))):
-                worker.hold(at, this.inputs[name][at])
-
-        def turn(way: tuple[str, int, int]) -> list[float]:
-            name, count, at = way
-            batch = this.settings.loads[at][0]
-            return scenarios.offline(instances[name, count], at, batch, OFFLINE_SECONDS)
-
-        for length in sorted({length for _, length in this.settings.loads}):
-            loads = [at for at, load in enumerate(this.settings.loads) if load[1] == length]
-            best = {
-                name: min(product([name], counts, loads), key=lambda way: max(turn(way), turn(way)))
+    loads = this.settings.loads
+    for length in sorted({length for _, length in loads}):
+        places = [at for at, load in enumerate(loads) if load[1] == length]
+        best = {name: _best(this, name, places) for name in this.found}
+        with ExitStack() as stack:
+            instances = {
+                name: stack.enter_context(_instances(this, name, *best[name]))
                 for name in this.found
             }
-            turns, watts = _take_turns(this, lambda name: turn(best[name]), (0, length))  # noqa: B023 - called at once
-            for name, (_, count, at) in best.items():
-                load = this.settings.loads[at]
-                results[name].append(
-                    _result(this, turns, name, load)
-                    | {
-                        "instances": count,
-                        "throughput_per_s": 1e3 / float(np.median(turns[name])),
-                        "watts": watts[name],
-                    }
-                    | _driven(this, instances[name, 1][0], at, None)
-                )
+
+            def turn(name: str, best: _Best = best, instances: _Open = instances) -> list[float]:
+                at = best[name][1]
+                return scenarios.offline(instances[name], at, loads[at][0], OFFLINE_SECONDS)
+
+            turns, watts = _take_turns(this, turn, (0, length))
+            for name, (count, at) in best.items():
+                rate = 1e3 / float(np.median(turns[name]))
+                about = {"instances": count, "throughput_per_s": rate, "watts": watts[name]}
+                driven = _driven(this, instances[name][0], at, rate) if count == 1 else {}
+                results[name].append(_result(this, turns, name, loads[at]) | about | driven)
     return results
+
+
+_Best = Mapping[str, tuple[int, int]]
+_Open = Mapping[str, Sequence[Worker]]
+
+
+@contextmanager
+def _instances(this: Bench, name: str, count: int, at: int) -> Iterator[list[Worker]]:
+    """Give `count` processes that share the threads, each with the batch of a load."""
+    with ExitStack() as stack:
+        threads = this.settings.threads // count
+        workers = [stack.enter_context(this.open(this.found[name], threads)) for _ in range(count)]
+        for worker in workers:
+            worker.hold(at, this.inputs[name][at])
+        yield workers
+
+
+def _best(this: Bench, name: str, places: Sequence[int]) -> tuple[int, int]:
+    """Return the number of instances and the load that answer most inputs a second."""
+    threads, took = this.settings.threads, {}
+    for count in (count for count in range(1, threads + 1) if threads % count == 0):
+        for at in places:
+            batch = this.settings.loads[at][0]
+            with _instances(this, name, count, at) as workers:
+                tried = [scenarios.offline(workers, at, batch, OFFLINE_SECONDS) for _ in range(2)]
+            took[count, at] = tried[-1]
+    return min(took, key=took.__getitem__)
 
 
 def _driven(this: Bench, worker: Worker, at: int, rate: float | None) -> dict[str, Any]:
@@ -311,7 +325,7 @@ def _take_turns(
     this: Bench, turn: Turn, load: tuple[int, int]
 ) -> tuple[dict[str, Turns], dict[str, float | None]]:
     """Return the turns of all artifacts, and the power used in them, where it can be read."""
-    sensors, _ = energy.counters()
+    sensors = _sensors(this.settings)[0]
     joules, seconds = dict.fromkeys(this.found, 0.0), dict.fromkeys(this.found, 0.0)
 
     def metered(name: str) -> list[float]:
@@ -332,6 +346,12 @@ def _take_turns(
         what=f"timing {load[0]}x{load[1]}" if load[0] else f"timing {load[1]} tokens",
     )
     return turns, {name: joules[name] / seconds[name] if sensors else None for name in turns}
+
+
+def _sensors(settings: Settings) -> tuple[list[energy.Counter], str]:
+    if settings.device != "cpu":
+        return [], f"only the processor's power is read, not that of {settings.device}"
+    return energy.counters()
 
 
 def _result(
@@ -356,7 +376,9 @@ def _add_limits(this: Bench, results: Results) -> None:
     """
     settings = this.settings
     counts = {
-        name: [candidates.multiply_adds(each, given) for given in this.inputs[name]]
+        name: [
+            candidates.multiply_adds(each, given, settings.device) for given in this.inputs[name]
+        ]
         for name, each in this.found.items()
     }
     kinds = {kind for each in counts.values() for count, _ in each for kind in count or ()}

@@ -5,6 +5,8 @@ the files. Inputs are real text in the model's own tokens, the same text for eve
 """
 
 import gzip
+import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -113,9 +115,11 @@ def generator(path: Path, device: str) -> Candidate:
     ours = found.graph in {None, path / onnx.MODEL}
     if found.runtime not in GENERATORS or not ours:
         raise ModelError(
-            f"{path}: found a graph that secateur did not write, or an engine, expected a folder"
-            " that generates: its own ONNX artifact, or a torch model"
+            f"{path}: found a graph that secateur did not write, or an engine, expected an ONNX"
+            " artifact of its own, or a torch model"
         )
+    if not without_weights(found.folder).can_generate():
+        raise ModelError(f"{path}: found a model that does not generate, expected one that does")
     return replace(found, opener=GENERATORS[found.runtime])
 
 
@@ -139,10 +143,11 @@ def texts(path: Path | None) -> list[str]:
     if path is None:
         return [topics[name] for name in sorted(topics)]
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"--text: {path}: cannot be read: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"--text: {path}: found no text, expected a line for each")
     return lines
@@ -194,8 +199,12 @@ def _images(config: Any, batch: int) -> Arrays:
     return collate([{"pixel_values": noise.astype(np.float32)}] * batch, {})
 
 
-def multiply_adds(candidate: Candidate, given: Arrays) -> tuple[dict[str, int] | None, str]:
+def multiply_adds(
+    candidate: Candidate, given: Arrays, device: str
+) -> tuple[dict[str, int] | None, str]:
     """Return those of one call by precision, or None and why they are not known."""
+    if device != "cpu" and candidate.graph is not None:
+        return None, f"graphs are counted as the CPU fuses them, not as {device} does"
     if "decoder_input_ids" in given:
         return None, "not counted for an encoder and its decoder"
     if candidate.graph is None and candidate.runtime != "torch":
@@ -223,6 +232,16 @@ def bytes_read(candidate: Candidate) -> int:
     if candidate.graph is not None:
         return sum(counting.bytes_read(path) for path in onnx.files(candidate.graph))
     model = without_weights(candidate.folder)
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = [p for p in model.parameters() if id(p) not in tables]
-    return sum(p.numel() * p.element_size() for p in weights)
+    tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
+        words = model.get_input_embeddings().weight  # read as the head
+        tables -= {name for name, weight in model.named_parameters() if weight is words}
+    count = 0
+    for path in candidate.files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__" and name not in tables:
+                start, end = tensor["data_offsets"]
+                count += end - start
+    return count

@@ -78,7 +78,9 @@ class Model:
             first = self.generation["start"](self.folder, rules)
             given = given | {"decoder_input_ids": np.array([[first]])}
         begun = self.begun(given)
-        found = self.generation["greedy_search"](self.decode, begun, rules, self.tokens or tokens)
+        found = self.generation["greedy_search"](
+            self.decode, begun, rules, tokens if self.tokens is None else self.tokens
+        )
         return found[0, begun["input_ids"].shape[1] :].tolist()
 
     @cached_property
@@ -284,19 +286,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of a generated text at most")
     parser.add_argument("--threads", type=int, help="as measured, unless given")
     options = parser.parse_args()
-    model = Model(Path(__file__).parent, options.threads, options.tokens)
-    if options.golden:
-        difference, tolerance = golden(model.folder, model.run), model.settings["tolerance"]
-        print(f"golden outputs: difference {difference:.1e}, at most {tolerance:.1e}")  # noqa: T201
-        sys.exit(int(not difference <= tolerance))
-    if not options.items or (options.pair and len(options.items) % 2):
-        parser.error("expected texts, with --pair an even number of them, or --golden")
     items, pairs = options.items, None
+    if not options.golden and (not items or (options.pair and len(items) % 2)):
+        parser.error("expected texts, with --pair an even number of them, or --golden")
     if options.pair:
         items, pairs = items[::2], items[1::2]
     try:
+        model = Model(Path(__file__).parent, options.threads, options.tokens)
+        if options.golden:
+            difference, tolerance = golden(model.folder, model.run), model.settings["tolerance"]
+            print(f"golden outputs: difference {difference:.1e}, at most {tolerance:.1e}")  # noqa: T201
+            sys.exit(int(not difference <= tolerance))
         found = model(items, pairs)
-    except ValueError as error:
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
         sys.exit(f"infer.py: {error}")
     for answer in found:
         print(json.dumps(answer, ensure_ascii=False))  # noqa: T201

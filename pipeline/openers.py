@@ -24,8 +24,8 @@ def opener(runtime: str) -> Callable[..., Any]:
     return found
 
 
-def check(runtime: str, device: str) -> None:
-    """Make sure that a runtime can use a device of this machine.
+def check(runtime: str, device: str, where: str = "target.device") -> None:
+    """Make sure that a runtime can use a device of this machine, which a user named `where`.
 
     Raises:
         Unavailable: there is no such device, or the runtime cannot use it.
@@ -35,11 +35,11 @@ def check(runtime: str, device: str) -> None:
         providers = onnx.runtime().get_available_providers()
         if device == "cuda" and onnx.PROVIDERS[device] not in providers:
             raise Unavailable(
-                f"target.device: found the providers {providers}, expected CUDAExecutionProvider;"
+                f"{where}: found the providers {providers}, expected CUDAExecutionProvider;"
                 " install the extra `gpu` in place of `cpu`"
             )
     if device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            raise Unavailable("target.device: found no CUDA device, expected one; use device: cpu")
+            raise Unavailable(f"{where}: found no CUDA device, expected one; use cpu")

@@ -23,7 +23,7 @@ from pipeline.plots import (
     draw_latencies,
     draw_trade_offs,
 )
-from pipeline.report import busy_note, check_line, result, shape
+from pipeline.report import busy_note, check_line, result, shape, uses_note
 from pipeline.tables import decisions, latencies, stage_table
 
 Json = Mapping[str, Any]
@@ -85,7 +85,11 @@ def banner(report: Json) -> ET.Element:
         tag("p", "secateur", class_="brand"),
         tag("h1", mark, outcome.title()),
         tag("p", tag("b", SENTENCES[outcome]), " ", result(report), class_="result"),
-        *(tag("p", f"{note.capitalize()}.", class_="busy") for note in [busy_note(report)] if note),
+        *(
+            tag("p", f"{note[0].upper()}{note[1:]}.", class_="busy")
+            for note in (busy_note(report), uses_note(report))
+            if note
+        ),
         definitions(facts),
         class_=f"banner {outcome}",
     )

@@ -30,10 +30,14 @@ Plot = tuple[str, str, ET.Element]
 def spent(report: Json) -> float | None:
     """Return the score at which the budget is spent, if there is a budget for it."""
     allowed, value = report["recipe"]["budget"], baseline(report)["score"]["value"]
+    if allowed.get("max_perplexity_ratio") is not None:
+        return float(value * allowed["max_perplexity_ratio"])
+    least = []
     if allowed.get("max_drop") is not None:
-        return float(value - allowed["max_drop"])
-    ratio = allowed.get("max_perplexity_ratio")
-    return None if ratio is None else float(value * ratio)
+        least.append(float(value - allowed["max_drop"]))
+    if allowed.get("max_relative_drop") is not None:
+        least.append(float(value * (1 - allowed["max_relative_drop"])))
+    return max(least, default=None)
 
 
 def draw_trade_offs(report: Json) -> Iterable[Plot]:

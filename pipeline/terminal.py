@@ -230,8 +230,8 @@ def show_bench(found: Mapping[str, Any]) -> None:
     from pipeline.report import BUSY
 
     artifacts = found["artifacts"]
-    _show(
-        ("artifact", "runtime", "MB", "parameters", "load s", "peak MB"),
+    _show_table(
+        ("artifact", "runtime", "MB", "parameters", "load s", "first ms", "peak MB"),
         [
             (
                 each["name"],
@@ -239,41 +239,42 @@ def show_bench(found: Mapping[str, Any]) -> None:
                 f"{each['size_bytes'] / 1e6:.2f}",
                 _or_dash("{:,}", each["parameters"]),
                 f"{each['load_seconds']:.2f}",
+                f"{each['first_call_ms'][0]:.1f}",
                 f"{each['peak_rss_bytes'] / 1e6:.0f}",
             )
             for each in artifacts
         ],
     )
     for at, first in enumerate(artifacts[0]["results"]):
-        shape = f"{first['batch']}x{first['sequence']}"
+        offline = found["settings"]["scenario"] == "offline"
+        shape = "" if offline else f"{first['batch']}x"
+        shape += f"{first['sequence']}" + " tokens" * offline
         out.print(
             f"\n[bold]{found['settings']['scenario']}, {shape}[/], {first['turns']} turns each"
         )
         results = [(each["name"], each["results"][at]) for each in artifacts]
         for columns in (TIMES, WORK):
-            there = [name for name in columns if _cell(columns, name, first) is not None]
+            there = [
+                name
+                for name in columns
+                if any(_cell(columns, name, result) is not None for _, result in results)
+            ]
             if there:
-                _show(
+                _show_table(
                     ("artifact", *there),
                     [
                         (name, *(_cell(columns, each, result) or "-" for each in there))
                         for name, result in results
                     ],
                 )
+        for name, result in results:
+            if reason := result.get("reason"):
+                out.print(f"[dim]{escape(f'{name}: {reason}')}[/]", soft_wrap=True)
     stalled = found["machine"]["stalled"]["cpu"]
     if stalled is not None and stalled > BUSY:
         out.print(
             f"[yellow]the machine was busy: tasks waited {stalled:.0%} of the time for a core[/]"
         )
-
-
-def _show(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for at, name in enumerate(header):
-        shown.add_column(name.replace(" ", "\n"), justify="right" if at else "left", no_wrap=True)
-    for row in rows:
-        shown.add_row(*map(escape, row))
-    out.print(shown)
 
 
 Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]

@@ -13,6 +13,8 @@ def test_limits_are_rates_of_what_can_be_measured():
 
 def write_package(root, name, microjoules, wraps=1000):
     (root / name).mkdir(exist_ok=True)
+    kind = "psys" if name.endswith(":2") else "core" if name.count(":") > 1 else "package-0"
+    (root / name / "name").write_text(f"{kind}\n")
     (root / name / "energy_uj").write_text(f"{microjoules}\n")
     (root / name / "max_energy_range_uj").write_text(f"{wraps}\n")
 
@@ -21,6 +23,7 @@ def test_energy_is_what_all_packages_used(tmp_path):
     write_package(tmp_path, "intel-rapl:0", 100)
     write_package(tmp_path, "intel-rapl:1", 990)
     write_package(tmp_path, "intel-rapl:0:0", 7)  # a part of a package, counted with it
+    write_package(tmp_path, "intel-rapl:2", 1)  # the whole machine, the packages among it
     found, reason = energy.counters(tmp_path)
     assert (len(found), reason) == (2, "")
     before = energy.read(found)
@@ -32,6 +35,7 @@ def test_energy_is_what_all_packages_used(tmp_path):
 def test_no_sensor_is_a_reason(tmp_path):
     assert energy.counters(tmp_path) == ([], "this machine has no energy counter")
     (tmp_path / "intel-rapl:0").mkdir()
+    (tmp_path / "intel-rapl:0" / "name").write_text("package-0\n")
     assert energy.counters(tmp_path)[1].startswith("the energy counter cannot be read")
 
 

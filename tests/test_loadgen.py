@@ -5,7 +5,8 @@ import random
 import pytest
 from known_predictors import INPUTS
 
-from benchmarks.loadgen import drive, early_stopping
+from benchmarks.loadgen import drive
+from benchmarks.speed import percentiles
 from benchmarks.worker import WorkerError
 
 pytest.importorskip("mlperf_loadgen", reason="LoadGen is not installed")
@@ -27,19 +28,13 @@ def lists(count):
 
 
 def check(found):
-    """Compare both rules with those of LoadGen on its own latencies."""
+    """Compare our percentiles with LoadGen's, of its own latencies."""
     latencies = found["latencies_ns"]
     assert len(latencies) == found["result_query_count"]
-    said = found["early_stopping_result"]
-    for percentile, named in ((0.9, "90.0th"), (0.99, "99.0th")):
-        estimate = early_stopping(latencies, percentile)
-        if estimate is None:
-            assert f"Not enough queries processed for {named}" in said
-        else:
-            assert f"{named} percentile estimate: {estimate}" in said
-    for percentile in (50, 90, 95, 97, 99):
-        ranked = sorted(latencies)[len(latencies) * percentile // 100]
-        assert found[f"result_{percentile}.00_percentile_latency_ns"] == ranked
+    ours = percentiles(latencies)
+    for name, value in {"50": ours.p50, "90": ours.p90, "95": ours.p95, "99": ours.p99}.items():
+        assert value in (found[f"result_{name}.00_percentile_latency_ns"], None)
+    assert (ours.p99 is None) == (len(latencies) < 299)
 
 
 def test_percentiles_have_loadgens_ranks():
@@ -51,16 +46,6 @@ def test_percentiles_have_loadgens_ranks():
 def test_percentiles_have_loadgens_ranks_on_500_lists():
     for found in lists(500):
         check(found)
-
-
-@pytest.mark.parametrize(
-    ("count", "percentile", "left_out"),
-    [(63, 0.9, None), (64, 0.9, 0), (230, 0.9, 11), (661, 0.99, None), (662, 0.99, 0)],
-)
-def test_the_published_ranks(count, percentile, left_out):
-    """64 and 662 queries are the least for p90 and p99, by MLPerf's rules."""
-    found = early_stopping(range(count), percentile)
-    assert found == (None if left_out is None else count - 1 - left_out)
 
 
 @pytest.mark.parametrize("scenario", ["single-stream", "multi-stream", "offline", "server"])

@@ -28,7 +28,6 @@ INT8: Final = frozenset(
         "DynamicQuantizeMatMul",
         "MatMulInteger",
         "MatMulIntegerToFloat",
-        "QAttention",
         "QGemm",
         "QLinearConv",
         "QLinearMatMul",
@@ -41,7 +40,25 @@ PRECISIONS: Final[Mapping[str, str]] = {
     "double": "fp64",
 }
 UNKNOWN: Final = frozenset(
-    {"ConvTranspose", "DynamicQuantizeLSTM", "Einsum", "GRU", "LSTM", "MoE", "QMoE", "RNN"}
+    {
+        "ConvTranspose",
+        "DecoderMaskedMultiHeadAttention",
+        "DecoderMaskedSelfAttention",
+        "DynamicQuantizeLSTM",
+        "Einsum",
+        "GRU",
+        "LSTM",
+        "LinearAttention",
+        "LongformerAttention",
+        "MoE",
+        "PackedAttention",
+        "PackedMultiHeadAttention",
+        "PagedAttention",
+        "QAttention",
+        "QMoE",
+        "RNN",
+        "SparseAttention",
+    }
 )
 """Operators that multiply, and that are not counted here."""
 
@@ -132,7 +149,7 @@ COUNTS: Final[Mapping[str, Callable[[Sequence[Shape], Sequence[Shape]], int]]] =
         _product,
     ),
     **dict.fromkeys(("Conv", "ConvInteger", "FusedConv", "QLinearConv"), _convolution),
-    **dict.fromkeys(("Attention", "MultiHeadAttention", "QAttention"), _attention),
+    **dict.fromkeys(("Attention", "MultiHeadAttention"), _attention),
     "GroupQueryAttention": _grouped_attention,
 }
 
