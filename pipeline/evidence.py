@@ -10,7 +10,7 @@ N examples, D decisions.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from benchmarks.outcomes import Outcomes
 from pipeline.report import Stage
 
 Floats = NDArray[np.float64]
+
+ROUNDED: Final = 1e-3
+"""How far from 1 the sum of class probabilities may be that were computed in half precision."""
 
 
 class EvidenceError(ValueError):
@@ -206,5 +209,11 @@ def divergence(evidence: Evidence) -> tuple[Floats, Floats, Floats | None]:
         p, q = (np.asarray(o.log_probabilities, np.float64) for o in (before, after))
         if p.shape != q.shape or not (np.all(np.isfinite(p)) and np.all(np.isfinite(q))):
             raise EvidenceError("KL: found other classes, NaN or infinity, expected probabilities")
+        totals = np.exp(np.concatenate([p, q])).sum(axis=-1)
+        if not np.all(np.abs(totals - 1) <= ROUNDED):
+            raise EvidenceError(
+                f"KL: found probabilities that add up to between {totals.min():.4g} and"
+                f" {totals.max():.4g}, expected 1"
+            )
         kl = by_example(np.sum(np.exp(p) * (p - q), axis=-1))
     return lengths.astype(np.float64), by_example(before.decisions != after.decisions), kl

@@ -191,6 +191,10 @@ def with_nan(found):
     return replace(found, log_probabilities=np.full_like(found.log_probabilities, np.nan))
 
 
+def without_normalising(found):
+    return replace(found, log_probabilities=np.full_like(found.log_probabilities, 5.0))
+
+
 def wrong_everywhere(found):
     return replace(found, columns=found.columns | {"prediction": 1 - found.columns["label"]})
 
@@ -226,7 +230,15 @@ def few_slices(report):
     edit(report, evidence=hashes(report.parent / "evidence"))
 
 
+def guessing(report):
+    change_outcomes(report, wrong_everywhere)
+    for at in (0, -1):
+        score = json.loads(report.read_text())["stages"][at]["score"]
+        edit_stage(report, at, score=score | {"value": 0.0})
+
+
 DROP = {"max_drop": 0.9}
+LENGTH = {"slices": {"column": "length", "max_drop": 0.9}}
 GENRE = DROP | {"slices": {"column": "genre", "max_drop": 0.5}}
 BAD = {
     "no report": (lambda r: r.unlink(), "report.json: no such file", DROP),
@@ -258,6 +270,9 @@ BAD = {
             "found NaN or infinity in 'prediction'", DROP),
     "NaN in the probabilities": (lambda r: change_outcomes(r, with_nan, ["candidate"]),
                                  "KL: found other classes, NaN", {"max_kl": 9.0}),
+    "log-probabilities that are none": (
+        lambda r: change_outcomes(r, without_normalising, ["candidate"]),
+        "found probabilities that add up to", {"max_kl": 9.0}),
     "a column less": (lambda r: change_outcomes(r, columns(prediction=None), ["candidate"]),
                       "expected the same", DROP),
     "no predictions": (lambda r: change_outcomes(r, columns(prediction=None)),
@@ -273,8 +288,8 @@ BAD = {
     "other numbers of examples": (lambda r: edit_score(r, examples=10), "expected 10", DROP),
     "a score of NaN": (lambda r: edit_score(r, value=float("nan")), "expected the report's nan",
                        DROP),
-    "a baseline that guesses": (lambda r: change_outcomes(r, wrong_everywhere),
-                                "found outcomes with accuracy 0", DROP),
+    "a baseline that guesses": (guessing, "take a trained model", DROP),
+    "a baseline that guesses, of slices": (guessing, "take a trained model", LENGTH),
     "a size of NaN": (lambda r: edit_stage(r, -1, size_bytes=float("nan")), "size_bytes: Input",
                       {"max_size": 9.0}),
     "no peak memory": (lambda r: edit_stage(r, -1, memory={}), "peak memory: found no measurement",

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from conftest import classified
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
 from benchmarks.metrics import METRICS
 from benchmarks.outcomes import Outcomes
@@ -90,6 +90,50 @@ def test_a_corpus_metric_is_bootstrapped_over_examples():
     assert check.low < check.estimate < check.high < 0.05
     assert check.outcome == "pass"
     assert verdict(counts, worse, allowed=0.05, metric="entity_f1") == check
+
+
+@pytest.mark.parametrize(("metric", "recall"), [("macro_f1", 0.81), ("matthews", 0.81)])
+def test_a_model_that_loses_a_rare_class_passes_no_more_often(metric, recall):
+    """Six of 300 examples are of the rare class: summed over how many of them are lost."""
+    label = (np.arange(300) < 6).astype(int)
+    share = recall * 0.02
+    drop = {
+        "macro_f1": 1 - (0.98 / (2 - share) * 2 + 2 * share / (share + 0.02)) / 2,
+        "matthews": 1 - math.sqrt(recall * 0.98 / (1 - share)),
+    }[metric]
+    accepted = 0.0
+    for lost in range(3):
+        after = {"label": label, "prediction": np.where(np.arange(300) < lost, 0, label)}
+        check = verdict({"label": label, "prediction": label}, after, drop, metric=metric)
+        accepted += binom.pmf(lost, 6, 1 - recall) * (check.outcome == "pass")
+        assert check.low < drop  # nor is it failed
+    assert accepted <= 0.06
+
+
+def test_a_relative_drop_of_a_mean_is_that_of_the_contrast():
+    generator = np.random.default_rng(0)
+    before = generator.uniform(0.5, 1.0, 400)
+    after = before - 0.01 + generator.normal(0, 0.02, 400)
+    columns = [{"answer_f1": values} for values in (before, after)]
+    check = verdict(*columns, allowed=0.03, metric="answer_f1", relative=True)
+    contrast = np.append(0.97 * before - after, 1.0)  # and one example more that was lost
+    high = contrast.mean() + 1.6487 * contrast.std(ddof=1) / math.sqrt(401)
+    assert check.high == pytest.approx(0.03 + high / before.mean(), rel=1e-3)
+    assert check.estimate == pytest.approx(1 - after.mean() / before.mean())
+
+
+def test_a_relative_drop_of_a_corpus_metric_is_that_of_the_contrast():
+    """Where a share of every sentence's entities is lost, the ratio of the scores is known."""
+    generator = np.random.default_rng(0)
+    right = generator.integers(0, 2, 400) * 10
+    before = {"true_positives": right, "false_positives": 10 - right, "false_negatives": 10 - right}
+    after = {"true_positives": right * 9 // 10, "false_positives": 10 - right * 9 // 10,
+             "false_negatives": 10 - right * 9 // 10}  # fmt: skip
+    check = verdict(before, after, allowed=0.1, metric="entity_f1", relative=True)
+    one = 20 / before["true_positives"].sum()  # what one sentence costs, of the score
+    assert check.estimate == pytest.approx(0.1)
+    # Only the examples more widen it: three of them at 95 %.
+    assert (check.low, check.high) == pytest.approx((0.1 - 1.5 * one, 0.1 + 1.35 * one), abs=1e-3)
 
 
 def test_perplexity_is_judged_by_documents():
@@ -179,7 +223,11 @@ def test_agreement_has_exact_bounds_where_an_example_is_a_decision():
         pytest.approx(0.99),
         pytest.approx(1 - 0.02566, abs=1e-4),
     )
-    assert quality.check_agreement(pair((before, after)), 0.995, 0.95).outcome == "inconclusive"
+    near = quality.check_agreement(pair((before, after)), 0.9899, 0.95)
+    assert (near.outcome, near.note.split(":")[0]) == (
+        "inconclusive",
+        "the estimate equals the budget",
+    )
 
 
 def test_decisions_of_one_example_are_one_cluster():
@@ -226,6 +274,14 @@ def test_a_divergence_is_judged_by_its_mean():
                 probabilities=(np.zeros((2, 2)), np.full((2, 2), np.nan)),
             ),
             "KL: found other classes, NaN or infinity",
+        ),
+        (
+            quality.check_kl,
+            pair(
+                (np.zeros(2), np.zeros(2)),
+                probabilities=(np.log(np.full((2, 2), 0.5)), np.full((2, 2), 5.0)),
+            ),
+            "KL: found probabilities that add up to between 1 and 296.8, expected 1",
         ),
     ],
 )
