@@ -34,7 +34,8 @@ class Evidence:
     """Outcomes of the gate's examples and the measured stages, of baseline and candidate.
 
     `labels` are the names of the task's labels, `slices` the value of every example `(N,)` in the
-    column that the examples are cut by, `dedicated` whether nothing else runs on the target.
+    column that the examples are cut by, `dedicated` whether nothing else runs on the target,
+    `places` where each of the two was measured, by name of what must be equal.
     """
 
     baseline: Outcomes
@@ -44,6 +45,7 @@ class Evidence:
     labels: Sequence[str] = ()
     slices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     dedicated: bool = False
+    places: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})
 
     @property
     def metric(self) -> str:

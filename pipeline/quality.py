@@ -35,6 +35,9 @@ FEWEST: Final = 30
 """Examples below which an interval that rests on large numbers is not trusted."""
 EXACTLY: Final = 0.1
 """What the exact test asks of Tango's statistic beyond its normal quantile, at most."""
+BROKEN: Final = 1.0
+"""What one document more than was seen is taken to lose, in nats a token or decision: more than any
+bound by the data, of which a few dozen may all be sound where one of fifty is broken."""
 MOST_LOST: Final = 6
 """Examples that a bootstrap adds at most; a Poisson count with mean 1 is larger once in 12,000."""
 FURTHEST: Final = 1_000
@@ -190,7 +193,7 @@ def _check_perplexity(
         raise EvidenceError("perplexity: found no tokens, or less, expected some")
     difference = np.asarray(candidate["nll"] - baseline["nll"], np.float64)
     mean = float(difference.sum() / tokens.sum())
-    low, high = _ratio_interval(difference, tokens, mean, confidence)
+    low, high = _nats_interval(difference, tokens, mean, confidence)
     estimate, low, high = (math.exp(x) for x in (mean, low, high))
     outcome, note = _against(low, high, allowed), ""
     if _open(outcome):
@@ -199,14 +202,26 @@ def _check_perplexity(
     return Check("perplexity ratio", allowed, estimate, low, high, outcome, note)
 
 
-def _ratio_interval(
-    sums: Floats, sizes: Floats, ratio: float, confidence: float, most: float = 0.0
+def _nats_interval(
+    nats: Floats, sizes: Floats, mean: float, confidence: float
 ) -> tuple[float, float]:
-    """Return the bounds of `ratio`, the quotient of the totals of two columns `(N,)`."""
+    """Return the bounds of a mean of nats: one example more may have lost `BROKEN`, not won it."""
+    low, _ = _ratio_interval(nats, sizes, mean, confidence, most=0.0)
+    _, high = _ratio_interval(nats, sizes, mean, confidence, most=BROKEN)
+    return low, high
+
+
+def _ratio_interval(
+    sums: Floats, sizes: Floats, ratio: float, confidence: float, *, most: float
+) -> tuple[float, float]:
+    """Return the bounds of `ratio`, the quotient of the totals of two columns `(N,)`.
+
+    One example more, of average size, is counted to come to `most`, or to the most that was seen.
+    """
     if len(sums) == 1:
         return ratio, ratio  # one example is never trusted
     residuals = (sums - ratio * sizes) / sizes.mean()
-    low, high = mean_interval(residuals, confidence, most=most)
+    low, high = mean_interval(residuals, confidence, most=max(most, np.abs(residuals).max()))
     return ratio + low, ratio + high
 
 
@@ -269,7 +284,7 @@ def check_kl(evidence: Evidence, allowed: float, confidence: float) -> Check:
     if kl is None or not sizes.sum():
         raise EvidenceError("KL: found no class probabilities, expected them; leave max_kl out")
     mean = float(kl.sum() / sizes.sum())
-    low, high = _ratio_interval(kl, sizes, mean, confidence)
+    low, high = _nats_interval(kl, sizes, mean, confidence)
     outcome, note = _against(low, high, allowed), ""
     if _open(outcome):
         note = _more_examples(len(sizes), low, high, mean, allowed)

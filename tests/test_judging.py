@@ -337,6 +337,10 @@ def test_the_last_release_is_compared_example_by_example(report, tmp_path):
         (lambda r: r.unlink(), "no such file"),
         (lambda r: edit(r, data={"labels": ["1", "0"]}), "found the labels"),
         (
+            lambda r: edit(r, machine={**json.loads(r.read_text())["machine"], "cpu": "another"}),
+            "found it measured with other machine.cpu, expected the same",
+        ),
+        (
             lambda r: change_outcomes(r, lambda o: replace(o, ids=tuple(i[::-1] for i in o.ids))),
             "found other gate examples than this run's",
         ),
@@ -347,7 +351,7 @@ def test_a_release_that_cannot_be_compared_is_an_error(report, tmp_path, change,
     edit(old, verdict={"outcome": "pass", "checks": []})
     change(old)
     with pytest.raises(EvidenceError, match=message):
-        judge_again(report, Budget(max_drop=0.2), old)
+        judge_again(report, Budget(max_drop=0.2, max_memory=9.0), old)
 
 
 @pytest.mark.parametrize(
@@ -394,6 +398,15 @@ def test_the_worst_is_annotated_first():
     ]  # fmt: skip
     lines = ci.annotations({"verdict": {"checks": checks}})
     assert [line.split()[0] for line in lines] == ["::error", "::warning", "::notice"]
+
+
+def test_junit_is_xml_whatever_a_slice_is_called():
+    check = {"what": "drop, column a\x00\x1b\ud800\ufffeb", "estimate": 1.0, "low": 1.0,
+             "high": 1.0, "allowed": 0.5, "outcome": "fail", "note": "\x07",
+             "at_least": False}  # fmt: skip
+    case = ET.fromstring(ci.junit({"verdict": {"checks": [check]}}).encode()).find(".//testcase")
+    assert case is not None
+    assert case.get("name") == "drop, column a\N{REPLACEMENT CHARACTER}" + "\ufffd" * 3 + "b"
 
 
 def test_a_message_of_several_lines_stays_one_command():
