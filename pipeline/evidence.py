@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.metrics import METRICS, Columns, score
-from benchmarks.outcomes import Outcomes
+from benchmarks.outcomes import Outcomes, divergences
 from pipeline.report import Stage
 
 Floats = NDArray[np.float64]
@@ -185,7 +185,7 @@ def divergence(evidence: Evidence) -> tuple[Floats, Floats, Floats | None]:
     The divergence is KL(baseline || candidate) in nats, None where there are no probabilities.
 
     Raises:
-        EvidenceError: the two sides do not have the same decisions.
+        EvidenceError: the two sides do not have the same decisions, or no probabilities.
     """
     before, after = evidence.baseline, evidence.candidate
     lengths = before.lengths if before.lengths is not None else np.ones(len(before.ids), np.int64)
@@ -217,5 +217,5 @@ def divergence(evidence: Evidence) -> tuple[Floats, Floats, Floats | None]:
                 f"KL: found probabilities that add up to between {totals.min():.4g} and"
                 f" {totals.max():.4g}, expected 1"
             )
-        kl = by_example(np.sum(np.exp(p) * (p - q), axis=-1))
+        kl = by_example(divergences(p, q))
     return lengths.astype(np.float64), by_example(before.decisions != after.decisions), kl
