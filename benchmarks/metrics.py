@@ -7,7 +7,7 @@ the statistical test; it knows nothing of models, budgets or tests.
 N examples.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -25,11 +25,13 @@ class Metric:
 
     `binary` and `mean` functions return one value an example `(N,)`, and the score is their mean;
     `corpus` functions return the score of all examples at once; `perplexity` is the exponential of
-    a mean over tokens, lower is better.
+    a mean over tokens, lower is better. A corpus metric can `spoil`: return columns with a number
+    of right examples turned wrong, in each way that may cost it most.
     """
 
     kind: Kind
     function: Callable[[Columns], Floats | float]
+    spoil: Callable[[Columns, int], Iterator[Columns]] | None = None
 
     @property
     def higher_is_better(self) -> bool:
@@ -87,6 +89,32 @@ def entity_f1(columns: Columns) -> float:
     return 2 * right / (2 * right + wrong) if right + wrong else 1.0
 
 
+def spoil_classes(columns: Columns, count: int) -> Iterator[Columns]:
+    """Yield columns with `count` right examples of one class called another: each, the rarest."""
+    label, prediction = (np.asarray(columns[key], np.int64) for key in ("label", "prediction"))
+    classes, sizes = np.unique(label, return_counts=True)
+    for one in classes:
+        others = classes != one
+        right = np.flatnonzero((label == one) & (prediction == one))[:count]
+        spoilt = prediction.copy()
+        # Where there is no other class, one that is none.
+        spoilt[right] = classes[others][sizes[others].argmin()] if others.any() else one + 1
+        yield {**columns, "prediction": spoilt}
+
+
+def spoil_entities(columns: Columns, count: int) -> Iterator[Columns]:
+    """Yield columns where the `count` sentences with most right entities have all of them wrong."""
+    right = np.asarray(columns["true_positives"], np.int64)
+    lost = np.zeros_like(right)
+    most = np.argsort(-right, kind="stable")[:count]
+    lost[most] = right[most]
+    yield {
+        "true_positives": right - lost,
+        "false_positives": columns["false_positives"] + lost,
+        "false_negatives": columns["false_negatives"] + lost,
+    }
+
+
 def perplexity(columns: Columns) -> float:
     """Return exp of the mean negative log-likelihood of a token."""
     return float(np.exp(columns["nll"].sum() / columns["tokens"].sum()))
@@ -119,8 +147,8 @@ METRICS: Final[Mapping[str, Metric]] = {
     "accuracy": Metric("binary", accuracy),
     "exact_match": Metric("binary", exact_match),
     "answer_f1": Metric("mean", answer_f1),
-    "macro_f1": Metric("corpus", macro_f1),
-    "matthews": Metric("corpus", matthews),
-    "entity_f1": Metric("corpus", entity_f1),
+    "macro_f1": Metric("corpus", macro_f1, spoil_classes),
+    "matthews": Metric("corpus", matthews, spoil_classes),
+    "entity_f1": Metric("corpus", entity_f1, spoil_entities),
     "perplexity": Metric("perplexity", perplexity),
 }

@@ -124,7 +124,7 @@ def fidelity(
     if baseline.log_probabilities is not None and candidate.log_probabilities is not None:
         p = baseline.log_probabilities.astype(np.float64)
         q = candidate.log_probabilities.astype(np.float64)
-        kl = np.sum(np.exp(p) * (p - q), axis=-1)
+        kl = divergences(p, q)
         found |= {"kl_mean": float(np.mean(kl)), "kl_p99": float(np.quantile(kl, 0.99))}
         if q.shape[-1] > 1:
             second, first = np.partition(np.exp(q), -2, axis=-1)[:, -2:].T
@@ -139,6 +139,12 @@ def fidelity(
             "perplexity_ratios": _spread(np.exp(after - before)),
         }
     return Fidelity(agreement=float(np.mean(baseline.decisions == candidate.decisions)), **found)
+
+
+def divergences(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return KL(p || q) of log-probabilities `(D, C)` in nats `(D,)`."""
+    kl: NDArray[np.float64] = np.sum(np.exp(p) * (p - q), axis=-1)
+    return kl
 
 
 def _spread(values: Array) -> Spread:

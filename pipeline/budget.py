@@ -1,5 +1,6 @@
 """What a release must keep to, in a recipe or in a file of its own."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Final, Self
 
@@ -10,10 +11,14 @@ from pipeline.reading import Positive, RecipeError, Strict, read_yaml
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Ratio = Annotated[float, Field(gt=1)]
+Few = Annotated[int, Field(ge=2)]
+
+FEW: Final = 100
+"""Examples of a slice, unless more or fewer are asked for."""
 
 
-class Limits(Strict):
-    """What two artifacts can be compared by, whoever measured them; None is not checked."""
+class OfScore(Strict):
+    """What the score may lose; None is not checked."""
 
     max_drop: Share | None = None
     """The most the score may fall, absolute, for a metric where higher is better."""
@@ -21,6 +26,11 @@ class Limits(Strict):
     """The same as a share of the baseline's score: 0.01 keeps 99 % of it."""
     max_perplexity_ratio: Ratio | None = None
     """The most the perplexity may grow, as a ratio."""
+
+
+class Limits(OfScore):
+    """What two artifacts can be compared by, whoever measured them; None is not checked."""
+
     max_flips: Share | None = None
     """The share of examples that may turn from right to wrong or back."""
     min_agreement: Share | None = None
@@ -35,27 +45,29 @@ class Limits(Strict):
     @property
     def of_quality(self) -> bool:
         """Whether a limit rests on what the gate's examples came to."""
-        return any(getattr(self, name) is not None for name in QUALITY)
+        return _limited(self, QUALITY)
 
 
-class Slices(Strict):
+class Slices(OfScore):
     """Limits that hold in every slice of the gate split: among the examples of one value."""
 
     column: str = Field(min_length=1)
     """The column of the data that says to which slice an example belongs."""
     values: tuple[str, ...] = ()
     """Slices that have to be there."""
-    min_examples: int = Field(default=100, ge=2)
-    """With fewer, a slice is inconclusive."""
-    max_drop: Share | None = None
-    max_relative_drop: Share | None = None
-    max_perplexity_ratio: Ratio | None = None
+    min_examples: Few | dict[str, Few] = FEW
+    """With fewer, a slice is inconclusive: a number for all, or one for each of some values."""
 
     @model_validator(mode="after")
-    def _limited(self) -> Self:
-        if not any((self.max_drop, self.max_relative_drop, self.max_perplexity_ratio)):
+    def _checks_something(self) -> Self:
+        if not _limited(self, OfScore.model_fields):
             raise ValueError("found no limit, expected one, such as max_drop")
         return self
+
+    def least(self, value: str) -> int:
+        """Return the number of examples below which a slice is inconclusive."""
+        given = self.min_examples
+        return given.get(value, FEW) if isinstance(given, dict) else given
 
 
 class Regression(Limits):
@@ -63,6 +75,12 @@ class Regression(Limits):
 
     report: str = Field(min_length=1)
     """Its report.json, or the folder of it."""
+
+    @model_validator(mode="after")
+    def _checks_something(self) -> Self:
+        if not _limited(self, Limits.model_fields):
+            raise ValueError("found no limit, expected one, such as max_drop")
+        return self
 
 
 class Budget(Limits):
@@ -81,8 +99,22 @@ class Budget(Limits):
     max_p99_ms: Positive | None = None
     max_peak_mb: Positive | None = None
     """The final peak memory in megabytes, on a target that is dedicated."""
+    max_mb: Positive | None = None
+    """The final size in megabytes, likewise."""
+    min_throughput_per_s: Positive | None = None
+    """The examples a second at every load by its median latency, likewise."""
     slices: Slices | None = None
     regression: Regression | None = None
+
+    @model_validator(mode="after")
+    def _sure_of_times(self) -> Self:
+        timed = [name for name in TIMED if getattr(self, name) is not None]
+        if timed and self.confidence > TIMED_CONFIDENCE:
+            raise ValueError(
+                f"confidence: found {self.confidence:g}, expected at most {TIMED_CONFIDENCE} with"
+                f" {', '.join(timed)}: times are measured with two-sided intervals at 95 %"
+            )
+        return self
 
     @property
     def empty(self) -> bool:
@@ -114,9 +146,18 @@ class Budget(Limits):
         return found
 
 
+def _limited(limits: Strict, names: Iterable[str]) -> bool:
+    return any(getattr(limits, name) is not None for name in names)
+
+
 QUALITY: Final = tuple(
     name for name in Limits.model_fields if name not in {"max_size", "max_memory"}
 )
 SETTINGS: Final = frozenset({"confidence", "baseline_floor"})
 """What is no limit in itself."""
-ABSOLUTE: Final = ("max_p50_ms", "max_p95_ms", "max_p99_ms", "max_peak_mb")
+LATENCIES: Final = {"max_p50_ms": 0.5, "max_p95_ms": 0.95, "max_p99_ms": 0.99}
+"""Limits of a percentile, and which."""
+ABSOLUTE: Final = (*LATENCIES, "max_peak_mb", "max_mb", "min_throughput_per_s")
+TIMED: Final = ("min_speedup", *LATENCIES, "min_throughput_per_s")
+TIMED_CONFIDENCE: Final = 0.975
+"""Of one end of an interval that holds with 95 %."""

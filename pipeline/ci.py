@@ -1,5 +1,6 @@
 """A verdict as continuous integration reads it: JUnit XML, a job summary, annotations."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
 from xml.etree import ElementTree as ET
@@ -10,6 +11,8 @@ SUMMARY_BYTES: Final = 1_000_000
 """GitHub takes 1 MiB a step.
 https://docs.github.com/actions/reference/workflows-and-actions/workflow-commands
 """
+FORBIDDEN: Final = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""https://www.w3.org/TR/xml/#charsets"""
 ORDER: Final = ("fail", "inconclusive", "pass")
 LEVELS: Final = {"pass": "notice", "fail": "error", "inconclusive": "warning"}
 
@@ -22,13 +25,18 @@ def junit(report: Mapping[str, Any]) -> str:
     root = ET.Element("testsuites", count)
     suite = ET.SubElement(root, "testsuite", {"name": "secateur", **count})
     for check in checks:
-        about = {"classname": "secateur.gate", "name": check["what"]}
+        about = {"classname": "secateur.gate", "name": _of_xml(check["what"])}
         case = ET.SubElement(suite, "testcase", about)
         if check["outcome"] != "pass":
-            said = {"type": check["outcome"], "message": check_line(check)}
+            said = {"type": check["outcome"], "message": _of_xml(check_line(check))}
             ET.SubElement(case, "failure", said)
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _of_xml(text: str) -> str:
+    """Return the text with a mark in place of what XML 1.0 cannot hold, escaped or not."""
+    return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def summary(report: Mapping[str, Any]) -> str:

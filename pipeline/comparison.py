@@ -27,8 +27,7 @@ SIDES: Final = ("a", "b")
 CONFIDENCE: Final = 0.95
 """Of each end of the interval of a difference of scores."""
 ALIKE: Final = (
-    *(f"machine.{part}" for part in ("cpu", "cpu_flags", "cores", "gpu")),
-    *(f"recipe.target.{part}" for part in ("device", "runtime", "threads", "loads")),
+    *judging.PLACE,
     "recipe.task.kind",
     "data.fingerprints.gate",
     "metric",

@@ -10,16 +10,19 @@ N examples, D decisions.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.metrics import METRICS, Columns, score
-from benchmarks.outcomes import Outcomes
+from benchmarks.outcomes import Outcomes, divergences
 from pipeline.report import Stage
 
 Floats = NDArray[np.float64]
+
+ROUNDED: Final = 1e-3
+"""How far from 1 the sum of class probabilities may be that were computed in half precision."""
 
 
 class EvidenceError(ValueError):
@@ -31,7 +34,8 @@ class Evidence:
     """Outcomes of the gate's examples and the measured stages, of baseline and candidate.
 
     `labels` are the names of the task's labels, `slices` the value of every example `(N,)` in the
-    column that the examples are cut by, `dedicated` whether nothing else runs on the target.
+    column that the examples are cut by, `dedicated` whether nothing else runs on the target,
+    `places` where each of the two was measured, by name of what must be equal.
     """
 
     baseline: Outcomes
@@ -41,6 +45,7 @@ class Evidence:
     labels: Sequence[str] = ()
     slices: Mapping[str, Sequence[str]] = field(default_factory=dict)
     dedicated: bool = False
+    places: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {})
 
     @property
     def metric(self) -> str:
@@ -180,7 +185,7 @@ def divergence(evidence: Evidence) -> tuple[Floats, Floats, Floats | None]:
     The divergence is KL(baseline || candidate) in nats, None where there are no probabilities.
 
     Raises:
-        EvidenceError: the two sides do not have the same decisions.
+        EvidenceError: the two sides do not have the same decisions, or no probabilities.
     """
     before, after = evidence.baseline, evidence.candidate
     lengths = before.lengths if before.lengths is not None else np.ones(len(before.ids), np.int64)
@@ -206,5 +211,11 @@ def divergence(evidence: Evidence) -> tuple[Floats, Floats, Floats | None]:
         p, q = (np.asarray(o.log_probabilities, np.float64) for o in (before, after))
         if p.shape != q.shape or not (np.all(np.isfinite(p)) and np.all(np.isfinite(q))):
             raise EvidenceError("KL: found other classes, NaN or infinity, expected probabilities")
-        kl = by_example(np.sum(np.exp(p) * (p - q), axis=-1))
+        totals = np.exp(np.concatenate([p, q])).sum(axis=-1)
+        if not np.all(np.abs(totals - 1) <= ROUNDED):
+            raise EvidenceError(
+                f"KL: found probabilities that add up to between {totals.min():.4g} and"
+                f" {totals.max():.4g}, expected 1"
+            )
+        kl = by_example(divergences(p, q))
     return lengths.astype(np.float64), by_example(before.decisions != after.decisions), kl

@@ -8,7 +8,7 @@ N examples.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Final
@@ -133,15 +133,28 @@ def binomial(
 
 
 def bootstrap_interval(
-    drop: Callable[[NDArray[np.int64]], float], examples: int, confidence: float
+    drop: Callable[[NDArray[np.int64]], float],
+    examples: int,
+    confidence: float,
+    *,
+    lost: Sequence[float],
+    won: Sequence[float],
 ) -> tuple[float, float]:
     """Return percentile bounds of `drop(places)` over resampled places of examples.
 
-    A resample holds the one example more that was lost, or gained, as often as any other: a number
-    of times that is Poisson with mean 1.
+    A resample holds the one example more that was lost, or won, as often as any other: a number of
+    times that is Poisson with mean 1.
+
+    Args:
+        drop: of the examples at `places`.
+        examples: how many there are.
+        confidence: of each bound.
+        lost: what 0, 1, 2, ... examples more add to the drop, at most; further ones add nothing.
+        won: what they take from it.
     """
     generator = np.random.default_rng(0)
     drops = np.asarray([drop(generator.integers(0, examples, examples)) for _ in range(RESAMPLES)])
-    more = generator.poisson(1.0, RESAMPLES) / examples
-    low = float(np.quantile(drops - more, 1 - confidence))
-    return low, float(np.quantile(drops + more, confidence))
+    more = generator.poisson(1.0, RESAMPLES)
+    added, taken = (np.asarray(costs)[np.minimum(more, len(costs) - 1)] for costs in (lost, won))
+    low = float(np.quantile(drops - taken, 1 - confidence))
+    return low, float(np.quantile(drops + added, confidence))

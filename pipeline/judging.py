@@ -25,6 +25,11 @@ EVIDENCE: Final = "evidence"
 """The folder beside report.json."""
 SIDES: Final = ("baseline", "candidate")
 SLICES: Final = "slices"
+PLACE: Final = (
+    *(f"machine.{part}" for part in ("cpu", "cpu_flags", "cores", "gpu")),
+    *(f"recipe.target.{part}" for part in ("device", "runtime", "threads", "loads")),
+)
+"""What must be the same where two runs were measured, to compare what they took."""
 
 
 def keep(folder: Path, evidence: Evidence) -> None:
@@ -93,7 +98,19 @@ def against(budget: Budget, evidence: Evidence) -> Evidence | None:
         raise EvidenceError(
             f"{path}: found the labels {list(other.labels)}, expected {list(evidence.labels)}"
         )
-    return replace(evidence, baseline=other.candidate, first=other.last)
+    places = other.places[1], evidence.places[1]
+    return replace(evidence, baseline=other.candidate, first=other.last, places=places)
+
+
+def place(report: Mapping[str, Any]) -> dict[str, str]:
+    """Return each of `PLACE` of a report, or of its `machine` and `recipe` alone, as JSON."""
+    found = {}
+    for name in PLACE:
+        value: Any = report
+        for part in name.split("."):
+            value = value.get(part, {})
+        found[name] = json.dumps(value)
+    return found
 
 
 def report_path(path: Path) -> Path:
@@ -109,12 +126,14 @@ def _evidence(path: Path, report: Mapping[str, Any]) -> Evidence:
     try:
         labels: Sequence[str] = report["data"]["labels"]
         dedicated = report["recipe"]["target"].get("dedicated", False)
+        here = place(report)
     except (KeyError, TypeError, AttributeError):
         raise EvidenceError(f"{path}: found no labels or no target, expected both") from None
     slices = json.loads(_content(path, SLICES, hashed[SLICES])) if SLICES in hashed else {}
     return Evidence(
-        baseline, candidate, stages[0], stages[-1], labels, slices, dedicated=dedicated is True
-    )
+        baseline, candidate, stages[0], stages[-1], labels, slices,
+        dedicated=dedicated is True, places=(here, here),
+    )  # fmt: skip
 
 
 def _own(report: Mapping[str, Any], path: Path) -> Budget:

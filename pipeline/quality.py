@@ -35,6 +35,11 @@ FEWEST: Final = 30
 """Examples below which an interval that rests on large numbers is not trusted."""
 EXACTLY: Final = 0.1
 """What the exact test asks of Tango's statistic beyond its normal quantile, at most."""
+BROKEN: Final = 1.0
+"""What one document more than was seen is taken to lose, in nats a token or decision: more than any
+bound by the data, of which a few dozen may all be sound where one of fifty is broken."""
+MOST_LOST: Final = 6
+"""Examples that a bootstrap adds at most; a Poisson count with mean 1 is larger once in 12,000."""
 FURTHEST: Final = 1_000
 """So many times the examples are too many to ask for."""
 
@@ -80,9 +85,10 @@ def check_score(
 ) -> Check:
     """Return the check of the score: the drop, or for perplexity the ratio, against `allowed`.
 
-    A relative drop is judged as the drop that it comes to at the baseline's score. That errs on the
-    safe side: of candidate - (1 - r) baseline the variance is (1 - r) times the share of discordant
-    examples at most (Nam and Blackwelder 2002, Statistics in Medicine 21:689-699).
+    A relative drop r of right and wrong answers is judged as the drop that it comes to at the
+    baseline's score. That errs on the safe side: of candidate - (1 - r) baseline the variance is
+    (1 - r) times the share of discordant examples at most (Nam and Blackwelder 2002, Statistics in
+    Medicine 21:689-699). Of other scores it is the contrast (1 - r) baseline - candidate itself.
 
     Args:
         metric_name: a key of `METRICS`.
@@ -109,11 +115,13 @@ def check_score(
     if metric.kind == "binary":
         low, high, outcome, note = _binary(metric, baseline, candidate, limit, confidence)
     else:
+        kept = 1 - allowed if relative else 1.0
         if metric.kind == "mean":
-            values = np.asarray(metric.function(baseline)) - np.asarray(metric.function(candidate))
-            low, high = mean_interval(values, confidence, most=1.0)
+            first, last = (np.asarray(metric.function(c)) for c in (baseline, candidate))
+            low, high = mean_interval(kept * first - last, confidence, most=1.0)
         else:
-            low, high = _resampled(metric, baseline, candidate, confidence)
+            low, high = _resampled(metric, baseline, candidate, kept, confidence)
+        low, high = (bound + (1 - kept) * before for bound in (low, high))
         outcome = _against(low, high, limit)
         note = _more_examples(size, low, high, estimate, limit) if _open(outcome) else ""
     what = f"{'relative ' * relative}{metric_name} drop"
@@ -142,18 +150,34 @@ def _binary(
 
 
 def _resampled(
-    metric: Metric, baseline: Columns, candidate: Columns, confidence: float
+    metric: Metric, baseline: Columns, candidate: Columns, kept: float, confidence: float
 ) -> tuple[float, float]:
-    """Return percentile bounds of the drop of a corpus metric, over resampled examples."""
+    """Return percentile bounds of `kept` times the baseline's score less the candidate's."""
 
     def drop(places: NDArray[np.int64]) -> float:
         before, after = (
             float(np.mean(metric.function({name: v[places] for name, v in columns.items()})))
             for columns in (baseline, candidate)
         )
-        return before - after
+        return kept * before - after
 
-    return bootstrap_interval(drop, len(next(iter(baseline.values()))), confidence)
+    won, lost = (_costs(metric, columns) for columns in (baseline, candidate))
+    size = len(next(iter(baseline.values())))
+    return bootstrap_interval(drop, size, confidence, lost=lost, won=won)
+
+
+def _costs(metric: Metric, columns: Columns) -> list[float]:
+    """Return what 0, 1, ... `MOST_LOST` examples turned wrong take from the score, at most.
+
+    An example of a rare class costs a macro F1 far more than one of N.
+    """
+    assert metric.spoil  # of every corpus metric
+    score = float(np.mean(metric.function(columns)))
+    costs = [
+        max(score - float(np.mean(metric.function(spoilt))) for spoilt in metric.spoil(columns, n))
+        for n in range(1, MOST_LOST + 1)
+    ]
+    return np.maximum.accumulate([0.0, *costs]).tolist()
 
 
 def _check_perplexity(
@@ -169,7 +193,7 @@ def _check_perplexity(
         raise EvidenceError("perplexity: found no tokens, or less, expected some")
     difference = np.asarray(candidate["nll"] - baseline["nll"], np.float64)
     mean = float(difference.sum() / tokens.sum())
-    low, high = _ratio_interval(difference, tokens, mean, confidence)
+    low, high = _nats_interval(difference, tokens, mean, confidence)
     estimate, low, high = (math.exp(x) for x in (mean, low, high))
     outcome, note = _against(low, high, allowed), ""
     if _open(outcome):
@@ -178,14 +202,26 @@ def _check_perplexity(
     return Check("perplexity ratio", allowed, estimate, low, high, outcome, note)
 
 
-def _ratio_interval(
-    sums: Floats, sizes: Floats, ratio: float, confidence: float, most: float = 0.0
+def _nats_interval(
+    nats: Floats, sizes: Floats, mean: float, confidence: float
 ) -> tuple[float, float]:
-    """Return the bounds of `ratio`, the quotient of the totals of two columns `(N,)`."""
+    """Return the bounds of a mean of nats: one example more may have lost `BROKEN`, not won it."""
+    low, _ = _ratio_interval(nats, sizes, mean, confidence, most=0.0)
+    _, high = _ratio_interval(nats, sizes, mean, confidence, most=BROKEN)
+    return low, high
+
+
+def _ratio_interval(
+    sums: Floats, sizes: Floats, ratio: float, confidence: float, *, most: float
+) -> tuple[float, float]:
+    """Return the bounds of `ratio`, the quotient of the totals of two columns `(N,)`.
+
+    One example more, of average size, is counted to come to `most`, or to the most that was seen.
+    """
     if len(sums) == 1:
         return ratio, ratio  # one example is never trusted
     residuals = (sums - ratio * sizes) / sizes.mean()
-    low, high = mean_interval(residuals, confidence, most=most)
+    low, high = mean_interval(residuals, confidence, most=max(most, np.abs(residuals).max()))
     return ratio + low, ratio + high
 
 
@@ -248,7 +284,7 @@ def check_kl(evidence: Evidence, allowed: float, confidence: float) -> Check:
     if kl is None or not sizes.sum():
         raise EvidenceError("KL: found no class probabilities, expected them; leave max_kl out")
     mean = float(kl.sum() / sizes.sum())
-    low, high = _ratio_interval(kl, sizes, mean, confidence)
+    low, high = _nats_interval(kl, sizes, mean, confidence)
     outcome, note = _against(low, high, allowed), ""
     if _open(outcome):
         note = _more_examples(len(sizes), low, high, mean, allowed)
@@ -260,12 +296,7 @@ def _check_share(what: str, count: int, size: int, allowed: float, confidence: f
     low, high = share_interval(count, size, confidence)
     outcome, note = _against(low, high, allowed), ""
     if _open(outcome):
-        times = 1.0
-        while times < FURTHEST and _open(outcome):
-            times *= 1.1
-            larger = share_interval(round(count * times), round(size * times), confidence)
-            outcome = _against(*larger, allowed)
-        note, outcome = _needs(size, math.inf if _open(outcome) else times), "inconclusive"
+        note = _more_examples(size, low, high, count / size, allowed)
     return Check(what, allowed, count / size, low, high, outcome, note)
 
 

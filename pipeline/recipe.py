@@ -5,6 +5,7 @@ its mistakes are reported together, each with its path in the file. What needs t
 data is checked later, in work.py; an order of steps that cannot work is refused here.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -13,7 +14,14 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from benchmarks.metrics import METRICS
 from benchmarks.tasks import TASKS
-from pipeline.budget import Budget, Limits, Regression, Slices
+from pipeline.budget import (
+    LATENCIES,
+    TIMED_CONFIDENCE,
+    Budget,
+    Limits,
+    Regression,
+    Slices,
+)
 from pipeline.mistakes import explain
 from pipeline.quantization import METHODS
 from pipeline.reading import Positive, RecipeError, Strict, read_yaml, stage_names, unknown
@@ -30,6 +38,8 @@ from pipeline.settings import (
     trained,
 )
 
+CALLS: Final = 2
+"""Calls of every artifact that are counted a round."""
 ORIGINAL: Final = "original"
 """The name of the untouched model's stage."""
 
@@ -346,6 +356,13 @@ def _budget_mistakes(recipe: Recipe) -> Iterator[str]:
     for part in ("slices", "regression"):
         if (limits := getattr(budget, part)) is not None:
             yield from _limit_mistakes(recipe, limits, f"budget.{part}")
+    for name, share in LATENCIES.items():
+        least = math.ceil(math.log(1 - TIMED_CONFIDENCE) / math.log(share) / CALLS)
+        if getattr(budget, name) is not None and recipe.target.rounds < least:
+            yield (
+                f"budget.{name}: found target.rounds: {recipe.target.rounds}, expected {least} at"
+                " least, for its interval to have an upper end"
+            )
     if not recipe.target.dedicated:
         for name in budget.absolute:
             yield (

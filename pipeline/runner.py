@@ -80,6 +80,7 @@ def run(
         judging.read(judging.report_path(Path(recipe.budget.regression.report)))
     artifacts = _compress(work)[recipe.baseline_at :]
     measured = measure(work, artifacts)
+    here = judging.place({"machine": asdict(work.machine), "recipe": work.described()})
     evidence = Evidence(
         measured.baseline,
         measured.candidate,
@@ -88,6 +89,7 @@ def run(
         work.labels,
         work.slices,
         dedicated=recipe.target.dedicated,
+        places=(here, here),
     )
     released = judging.against(recipe.budget, evidence)
     verdict = gate.judge(gate.checks(recipe.budget, evidence, released))

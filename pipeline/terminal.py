@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 
 if TYPE_CHECKING:  # what takes long to import
-    from pipeline.budget import Budget
+    from pipeline.budget import Budget, Slices
     from pipeline.comparison import Comparison
     from pipeline.inspection import Inspection
     from pipeline.inventory import Item
@@ -109,17 +109,20 @@ def show_plans(budget: "Budget", metric: str, examples: int, slices: Mapping[str
         out.print("  no limit of the score: the number of examples decides nothing")
     decided = not any(plan.hopeless for plan in plans)
     if budget.slices:
-        least = power.least(budget.slices, budget.confidence)
-        decided &= _show_slices(budget.slices.column, slices, least)
+        least = power.least(budget.slices, metric, budget.confidence)
+        decided &= _show_slices(budget.slices, slices, least)
     return decided
 
 
 def _show_plan(plan: "Plan") -> None:
-    documents = plan.limit == "max_perplexity_ratio"
+    documents = plan.limit.endswith("max_perplexity_ratio")
     differ = "spread" if documents else "flipped"
+    then = "if nothing is lost in truth:"
+    if not plan.rows:
+        then = f"equal outcomes pass with {plan.least:,} examples or more"
     out.print(
         f"  {plan.limit} {plan.allowed:g}, {plan.examples:,} examples, confidence"
-        f" {plan.confidence:g}; if nothing is lost in truth:",
+        f" {plan.confidence:g}; {then}",
         soft_wrap=True,
     )
     rows = Table(box=None, pad_edge=False, header_style="bold")
@@ -128,7 +131,8 @@ def _show_plan(plan: "Plan") -> None:
     for row in plan.rows:
         share = f"{row.differ:g}" if documents else f"{row.differ:.0%}"
         rows.add_row(share, f"{row.chance:.0%}", f"{row.needed:,}")
-    out.print(rows)
+    if plan.rows:
+        out.print(rows)
     if plan.hopeless:
         more = plan.least - plan.examples
         out.print(
@@ -138,12 +142,15 @@ def _show_plan(plan: "Plan") -> None:
         )
 
 
-def _show_slices(column: str, sizes: Mapping[str, int], least: int) -> bool:
-    out.print(escape(f"  slices of {column}, each needs {least:,} examples or more:"))
+def _show_slices(limits: "Slices", sizes: Mapping[str, int], least: int) -> bool:
+    asked = limits.min_examples
+    each = max(least, asked) if isinstance(asked, int) else least
+    out.print(escape(f"  slices of {limits.column}, each needs {each:,} examples or more:"))
+    few = {value for value, size in sizes.items() if size < max(least, limits.least(value))}
     for value, size in sorted(sizes.items()):
-        few = size < least
-        out.print(escape(f"    {value}: {size:,}{', too few' * few}"), style="yellow" * few)
-    return all(size >= least for size in sizes.values())
+        too = value in few
+        out.print(escape(f"    {value}: {size:,}{', too few' * too}"), style="yellow" * too)
+    return not few
 
 
 def show_parts(found: "Inspection") -> None:

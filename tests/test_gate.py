@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import classified
+from pydantic import ValidationError
 
 from benchmarks.figures import Percentiles, Ratio
 from benchmarks.metrics import score
@@ -72,7 +73,8 @@ def evidence(wrong=1, mended=1, examples=900, first=None, last=None, **options) 
 def test_every_limit_that_is_set_is_checked():
     budget = Budget(
         max_drop=0.02, max_relative_drop=0.02, max_flips=0.02, min_agreement=0.9, min_speedup=1.5,
-        max_size=0.2, max_memory=0.8, max_p50_ms=5.0, max_peak_mb=100.0,
+        max_size=0.2, max_memory=0.8, max_p50_ms=5.0, max_peak_mb=100.0, max_mb=1e-4,
+        min_throughput_per_s=1900.0,
     )  # fmt: skip
     last = stage(30, 150_000_000, 2.0)
     found = gate.checks(budget, evidence(last=last, dedicated=True))
@@ -86,7 +88,37 @@ def test_every_limit_that_is_set_is_checked():
         ("speedup at 8x128", "pass"),
         ("p50 at 8x128 in ms", "pass"),
         ("peak memory in MB", "fail"),
+        ("size in MB", "pass"),
+        ("examples a second at 8x128", "pass"),
     ]
+    rate = found[-1]  # 8 examples in 4.0 ms, which may be 3.8 to 4.2
+    assert (rate.low, rate.estimate, rate.high) == pytest.approx((1904.76, 2000, 2105.26), rel=1e-5)
+    assert rate.at_least
+
+
+def test_an_absolute_throughput_is_judged_by_its_bounds():
+    for least, outcome in ((1900, "pass"), (2000, "inconclusive"), (2200, "fail")):
+        budget = Budget(min_throughput_per_s=least)
+        (check,) = gate.checks(budget, evidence(dedicated=True))
+        assert check.outcome == outcome
+
+
+def test_memory_of_another_machine_is_an_error():
+    here, there = {"machine.cpu": '"a"'}, {"machine.cpu": '"b"'}
+    budget = Budget(regression={"report": "old", "max_memory": 1.0})
+    now = evidence(places=(here, here))
+    assert gate.judge(gate.checks(budget, now, now)).outcome == "pass"
+    with pytest.raises(
+        EvidenceError, match=r"peak memory: found it measured with other machine\.cpu"
+    ):
+        gate.checks(budget, now, replace(now, places=(there, here)))
+
+
+@pytest.mark.parametrize("limit", ["min_speedup", "max_p50_ms", "min_throughput_per_s"])
+def test_times_are_judged_at_the_confidence_of_their_intervals(limit):
+    assert Budget(**{limit: 1.0}, confidence=0.975)
+    with pytest.raises(ValidationError, match=f"expected at most 0.975 with {limit}"):
+        Budget(**{limit: 1.0}, confidence=0.99)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +138,11 @@ def test_every_limit_that_is_set_is_checked():
         ),
         ({"regression": {"report": "x", "max_drop": 0.1}}, {}, "found no released report"),
         ({"baseline_floor": 0.999, "max_drop": 0.1}, {}, r"expected more than 0\.999"),
+        (
+            {"baseline_floor": 0.999, "regression": {"report": "x", "max_flips": 0.1}},
+            {},
+            r"expected more than 0\.999",
+        ),
     ],
 )
 def test_what_cannot_be_judged_is_an_error(budget, changes, message):
@@ -138,6 +175,9 @@ def test_every_slice_has_to_pass():
     ]
     assert found[-1].note == "found 20 examples, at least 100 are asked for: 80 more"
     assert found[1].estimate == pytest.approx(0.2)
+    few = {"column": "genre", "max_drop": 0.9, "min_examples": {"play": 101, "verse": 20}}
+    found = gate.checks(Budget(slices=few), evidence(20, 0, slices={"genre": genres}))
+    assert [check.outcome for check in found] == ["inconclusive", "pass", "pass"]
 
 
 def test_a_release_is_compared_with_the_one_before():
@@ -161,6 +201,21 @@ def test_without_limits_of_its_own_a_regression_has_the_budgets():
     assert gate.against_released(own, "b").regression.model_dump(exclude_none=True) == {
         "report": "b", "max_drop": 0.5,
     }  # fmt: skip
+
+
+def test_a_regression_checks_something():
+    with pytest.raises(ValidationError, match="found no limit, expected one, such as max_drop"):
+        Budget(regression={"report": "old"})
+    with pytest.raises(EvidenceError, match="found no limit to compare with old by, expected one"):
+        gate.against_released(Budget(min_speedup=2.0), "old")
+
+
+def test_a_release_that_guesses_is_no_baseline():
+    now, guessing = evidence(0, 0), evidence(450, 0)
+    released = replace(now, baseline=guessing.candidate, first=guessing.last)
+    budget = Budget(regression={"report": "old", "max_drop": 0.1})
+    with pytest.raises(EvidenceError, match="take a trained model"):
+        gate.checks(budget, now, released)
 
 
 def test_identical_outcomes_never_fail_and_no_seed_passes_a_dead_layer():

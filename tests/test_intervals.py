@@ -48,12 +48,16 @@ def test_one_example_more_is_counted_where_none_was_lost():
 
 
 def test_a_bootstrap_of_equal_outcomes_is_no_proof():
-    low, high = intervals.bootstrap_interval(lambda places: 0.0, 100, 0.95)
+    costs = np.arange(7) / 100
+    low, high = intervals.bootstrap_interval(lambda _: 0.0, 100, 0.95, lost=costs, won=costs)
     assert (low, high) == (-0.03, 0.03)  # the 95 % quantile of a Poisson count with mean 1 is 3
 
 
 def test_a_bootstrap_spreads_as_the_mean_does():
     values = np.random.default_rng(1).normal(0.1, 1, 400)
-    low, high = intervals.bootstrap_interval(lambda places: float(values[places].mean()), 400, 0.95)
+    costs = np.arange(7) / 400
+    low, high = intervals.bootstrap_interval(
+        lambda places: float(values[places].mean()), 400, 0.95, lost=costs, won=costs
+    )
     expected = ttest_1samp(values, 0).confidence_interval(0.90)
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.015)

@@ -191,6 +191,10 @@ def with_nan(found):
     return replace(found, log_probabilities=np.full_like(found.log_probabilities, np.nan))
 
 
+def without_normalising(found):
+    return replace(found, log_probabilities=np.full_like(found.log_probabilities, 5.0))
+
+
 def wrong_everywhere(found):
     return replace(found, columns=found.columns | {"prediction": 1 - found.columns["label"]})
 
@@ -226,7 +230,15 @@ def few_slices(report):
     edit(report, evidence=hashes(report.parent / "evidence"))
 
 
+def guessing(report):
+    change_outcomes(report, wrong_everywhere)
+    for at in (0, -1):
+        score = json.loads(report.read_text())["stages"][at]["score"]
+        edit_stage(report, at, score=score | {"value": 0.0})
+
+
 DROP = {"max_drop": 0.9}
+LENGTH = {"slices": {"column": "length", "max_drop": 0.9}}
 GENRE = DROP | {"slices": {"column": "genre", "max_drop": 0.5}}
 BAD = {
     "no report": (lambda r: r.unlink(), "report.json: no such file", DROP),
@@ -258,6 +270,9 @@ BAD = {
             "found NaN or infinity in 'prediction'", DROP),
     "NaN in the probabilities": (lambda r: change_outcomes(r, with_nan, ["candidate"]),
                                  "KL: found other classes, NaN", {"max_kl": 9.0}),
+    "log-probabilities that are none": (
+        lambda r: change_outcomes(r, without_normalising, ["candidate"]),
+        "found probabilities that add up to", {"max_kl": 9.0}),
     "a column less": (lambda r: change_outcomes(r, columns(prediction=None), ["candidate"]),
                       "expected the same", DROP),
     "no predictions": (lambda r: change_outcomes(r, columns(prediction=None)),
@@ -273,8 +288,8 @@ BAD = {
     "other numbers of examples": (lambda r: edit_score(r, examples=10), "expected 10", DROP),
     "a score of NaN": (lambda r: edit_score(r, value=float("nan")), "expected the report's nan",
                        DROP),
-    "a baseline that guesses": (lambda r: change_outcomes(r, wrong_everywhere),
-                                "found outcomes with accuracy 0", DROP),
+    "a baseline that guesses": (guessing, "take a trained model", DROP),
+    "a baseline that guesses, of slices": (guessing, "take a trained model", LENGTH),
     "a size of NaN": (lambda r: edit_stage(r, -1, size_bytes=float("nan")), "size_bytes: Input",
                       {"max_size": 9.0}),
     "no peak memory": (lambda r: edit_stage(r, -1, memory={}), "peak memory: found no measurement",
@@ -322,6 +337,10 @@ def test_the_last_release_is_compared_example_by_example(report, tmp_path):
         (lambda r: r.unlink(), "no such file"),
         (lambda r: edit(r, data={"labels": ["1", "0"]}), "found the labels"),
         (
+            lambda r: edit(r, machine={**json.loads(r.read_text())["machine"], "cpu": "another"}),
+            "found it measured with other machine.cpu, expected the same",
+        ),
+        (
             lambda r: change_outcomes(r, lambda o: replace(o, ids=tuple(i[::-1] for i in o.ids))),
             "found other gate examples than this run's",
         ),
@@ -332,7 +351,7 @@ def test_a_release_that_cannot_be_compared_is_an_error(report, tmp_path, change,
     edit(old, verdict={"outcome": "pass", "checks": []})
     change(old)
     with pytest.raises(EvidenceError, match=message):
-        judge_again(report, Budget(max_drop=0.2), old)
+        judge_again(report, Budget(max_drop=0.2, max_memory=9.0), old)
 
 
 @pytest.mark.parametrize(
@@ -379,6 +398,15 @@ def test_the_worst_is_annotated_first():
     ]  # fmt: skip
     lines = ci.annotations({"verdict": {"checks": checks}})
     assert [line.split()[0] for line in lines] == ["::error", "::warning", "::notice"]
+
+
+def test_junit_is_xml_whatever_a_slice_is_called():
+    check = {"what": "drop, column a\x00\x1b\ud800\ufffeb", "estimate": 1.0, "low": 1.0,
+             "high": 1.0, "allowed": 0.5, "outcome": "fail", "note": "\x07",
+             "at_least": False}  # fmt: skip
+    case = ET.fromstring(ci.junit({"verdict": {"checks": [check]}}).encode()).find(".//testcase")
+    assert case is not None
+    assert case.get("name") == "drop, column a\N{REPLACEMENT CHARACTER}" + "\ufffd" * 3 + "b"
 
 
 def test_a_message_of_several_lines_stays_one_command():

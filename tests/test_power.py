@@ -1,9 +1,12 @@
 """What can be decided is known before: against exact chances and published numbers."""
 
+import numpy as np
 import pytest
 from conftest import secateur
 
+from pipeline import exact
 from pipeline.budget import Budget, Slices
+from pipeline.intervals import mean_interval
 from pipeline.power import least, plans
 
 
@@ -29,7 +32,41 @@ def test_a_set_that_is_too_small_is_hopeless():
 def test_documents_are_planned_by_their_spread():
     (plan,) = plans(Budget(max_perplexity_ratio=1.02), "perplexity", 29)
     assert plan.hopeless
-    assert plan.rows[-1].needed == pytest.approx((2.4865 * 0.2 / 0.0198026) ** 2, abs=2)
+    # A document more that lost a nat takes the mean nearer to the limit, and widens the interval.
+    assert plan.rows[-1].needed == pytest.approx((2.4865 * 0.2 / 0.0198026) ** 2, rel=0.2)
+    assert plan.least == 134
+    passes = [mean_interval(np.zeros(n), 0.95, most=1.0)[1] < 0.0198026 for n in (133, 134)]
+    assert passes == [False, True]
+
+
+@pytest.mark.parametrize("allowed", [0.002, 0.01, 0.05, 0.6])
+def test_fewer_than_the_least_do_not_pass(allowed):
+    fewest = least(Slices(column="genre", max_drop=allowed), "accuracy", 0.95)
+    assert exact.passes(0, 0, fewest, allowed, 0.95)
+    assert not exact.passes(0, 0, fewest - 1, allowed, 0.95)
+
+
+def test_a_tiny_budget_is_planned_at_once():
+    assert least(Slices(column="genre", max_drop=1e-6), "accuracy", 0.95) == 2_995_731
+
+
+@pytest.mark.parametrize(
+    ("limits", "metric", "expected"),
+    [
+        ({"max_flips": 0.01}, "accuracy", 299),  # 0.99 ** 299 < 0.05 < 0.99 ** 298
+        ({"min_agreement": 0.99}, "accuracy", 265),
+        ({"max_kl": 0.01}, "accuracy", 265),
+        ({"max_drop": 0.01}, "answer_f1", 265),
+        ({"max_drop": 0.5}, "macro_f1", 30),
+        ({"regression": {"report": "x", "max_flips": 0.01}}, "accuracy", 299),
+    ],
+)
+def test_every_limit_of_quality_has_a_least_number(limits, metric, expected):
+    (plan,) = plans(Budget(**limits), metric, expected - 1)
+    assert (plan.least, plan.hopeless) == (expected, True)
+    assert not any(row.chance for row in plan.rows)
+    (plan,) = plans(Budget(**limits), metric, expected)
+    assert not plan.hopeless
 
 
 def test_a_budget_without_a_score_has_no_plan():
@@ -37,9 +74,8 @@ def test_a_budget_without_a_score_has_no_plan():
 
 
 def test_a_slice_needs_what_its_limit_asks_for():
-    assert least(Slices(column="genre", max_drop=0.01), 0.95) == 299
-    assert least(Slices(column="genre", max_drop=0.5), 0.95) == 100
-    assert least(Slices(column="genre", max_perplexity_ratio=1.1, min_examples=40), 0.95) == 40
+    assert least(Slices(column="genre", max_drop=0.01), "accuracy", 0.95) == 299
+    assert least(Slices(column="genre", max_perplexity_ratio=1.1), "perplexity", 0.95) == 30
 
 
 def test_the_command_says_what_can_be_decided(tmp_path):
@@ -50,6 +86,10 @@ def test_the_command_says_what_can_be_decided(tmp_path):
     done = secateur("gate", "--plan", 250, "--max-drop", 0.01)
     assert (done.returncode, "with 299 examples or more, 49 more" in done.stdout) == (3, True)
     budget = tmp_path / "budget.yaml"
+    budget.write_text("max_flips: 0.001\n")
+    done = secateur("gate", "--plan", 872, "--budget", budget)
+    assert done.returncode == 3
+    assert "equal outcomes pass with 2,995 examples or more, 2,123 more" in done.stdout
     budget.write_text("max_size: 1.0\nslices: {column: genre, max_drop: 0.01}\n")
     done = secateur("gate", "--plan", 500, "--budget", budget)
     assert "no limit of the score" in done.stdout

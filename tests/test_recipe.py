@@ -132,6 +132,19 @@ def test_repeated_steps_are_numbered(tmp_path):
             r"budget\.max_p95_ms: holds on a target that nothing else runs on, expected",
         ),
         (
+            changed("budget", {"max_p99_ms": 9.0}),
+            r"budget\.max_p99_ms: found target\.rounds: 30, expected 184 at least",
+        ),
+        (
+            changed("budget", {"max_p95_ms": 9.0}),
+            r"budget\.max_p95_ms: found target\.rounds: 30, expected 36 at least",
+        ),
+        (
+            changed("budget", {"min_speedup": 1.1, "confidence": 0.99}),
+            r"budget: confidence: found 0\.99, expected at most 0\.975 with min_speedup",
+        ),
+        (changed("budget", "regression", {"report": "x"}), r"budget\.regression: found no limit"),
+        (
             changed("budget", "slices", {"column": "genre", "max_perplexity_ratio": 1.1}),
             r"budget\.slices\.max_perplexity_ratio: text-classification has no",
         ),
