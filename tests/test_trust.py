@@ -229,3 +229,13 @@ def test_no_weights_come_from_a_pull_request(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="does not appear to have a file named"):
         from_pretrained("org/name", cache_dir=tmp_path)
     assert asked == []
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    write_model(tmp_path / "model")
+    as_in_the_cache(tmp_path / "model", tmp_path / "models--org--name")
+    found = {"hub": "org/name", "commit": "0" * 40}
+    assert sources.identity("org/name", None) == found == sources.identity("org/name", "main")
+    with pytest.raises(ModelError, match="org/nothing: found no commit on the hub: "):
+        sources.identity("org/nothing", None)
