@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import datasets
 from PIL.Image import Image
 
-from benchmarks import docstrings
+from benchmarks import docstrings, links
 
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
@@ -94,7 +94,7 @@ def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:
         if path.is_file():
             return _read_file(path)
         if path.is_dir():
-            return _load(str(path.resolve()), subset, within=str(path.resolve()))
+            return _read_folder(path, subset)
         return _load(source, subset, within="hf://datasets")
     except (ConnectionError, FileNotFoundError) as error:
         raise DataError(
@@ -142,6 +142,15 @@ def _read_file(path: Path) -> Mapping[str, datasets.Dataset]:
     return _tables(
         datasets.load_dataset(BUILDERS[suffix], data_files=str(path.resolve()), **options)
     )
+
+
+def _read_folder(path: Path, subset: str | None) -> Mapping[str, datasets.Dataset]:
+    for link in links.leading_out(path):
+        raise DataError(
+            f"{link}: found a link to {link.resolve()}, expected a plain file: links that lead out"
+            " of a folder of data are not followed; copy the file here"
+        )
+    return _load(str(path.resolve()), subset, within=str(path.resolve()))
 
 
 def _load(source: str, subset: str | None, within: str) -> Mapping[str, datasets.Dataset]:

@@ -7,6 +7,7 @@ A pruned folder holds matrices of other shapes than its family's class builds, s
 written, and no code that comes with a model is run.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -95,6 +96,9 @@ def load(
             trust.refuse_pickles(Path(source, options.get("subfolder", "")))
     kind = model_class(source, config, auto_class)
     config.update({name: options.pop(name) for name in LABELS if name in options})
+    # Else weights of the hub that are no safetensors are fetched from a bot's pull request, another
+    # commit than the one that is recorded.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
         with _quantized(config, options):
             loaded: Any = _pruned(kind).from_pretrained(
@@ -206,6 +210,7 @@ def read_config(
         trust.refuse_code(
             config.to_dict() | {"attn_implementation": attention}, f"{source}/config.json"
         )
+        trust.refuse_elsewhere(getattr(config, trust.WEIGHTS, None), source)
     return config
 
 

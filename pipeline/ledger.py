@@ -1,7 +1,8 @@
 """How many candidates a gate split has judged: a set that chooses is no longer one that judges.
 
-The ledger lies beside the stages of a run. A split is known by the content of its examples, a
-candidate by the content of its files, so that the same run counts once however often it is done.
+Every run keeps one beside its stages, and reads those of the runs in the folders beside its own, as
+those of many recipes lie below `runs`. A split is known by the content of its examples, a candidate
+by the content of its files, so that the same run counts once however often it is done.
 """
 
 import fcntl
@@ -20,13 +21,15 @@ LEDGER: Final = "gate-uses.json"
 def record(folder: Path, ids: Iterable[str], candidate: str) -> dict[str, Any]:
     """Note that the examples judge a candidate, and return all that they have judged.
 
+    Those of the runs beside this one are returned too, but not noted here.
+
     Args:
         folder: the run's output.
         ids: of the gate's examples, in any order.
         candidate: the digest of its files.
 
     Raises:
-        EvidenceError: the ledger is damaged.
+        EvidenceError: the ledger, or that of a run beside this one, is damaged.
     """
     examples, path = fingerprint(sorted(ids)), folder / LEDGER
     with (folder / f".{LEDGER}.lock").open("w") as handle:
@@ -36,7 +39,9 @@ def record(folder: Path, ids: Iterable[str], candidate: str) -> dict[str, Any]:
         if candidate not in judged:
             judged.append(candidate)
             write_text(path, json.dumps(ledger, indent=1) + "\n")
-    return {"examples": examples, "candidates": judged}
+    beside = sorted(folder.resolve().parent.glob(f"*/{LEDGER}"))
+    others = [name for path in beside for name in _read(path).get(examples, [])]
+    return {"examples": examples, "candidates": list(dict.fromkeys([*judged, *others]))}
 
 
 def _read(path: Path) -> dict[str, list[str]]:

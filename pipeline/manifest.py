@@ -52,10 +52,13 @@ def seal(folder: Path, about: Mapping[str, Any]) -> None:
     """Write the manifest of a finished folder, and sync all of it to the disk."""
     manifest: dict[str, Any] = {"files": content(folder), "about": dict(about)}
     manifest["sha256"] = fingerprint(manifest)
-    text = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(_text(manifest), encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:
         sync(path)
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False)
 
 
 def read(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
@@ -101,10 +104,12 @@ def _told(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
         Damaged: there is none, it was changed, or it is none.
     """
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        whole = _text(manifest) == text  # 0.1 and 0.10 are one number, but not the same bytes
         seal_found = manifest.pop("sha256")
         files, about = dict(manifest["files"]), dict(manifest["about"])
-        whole = fingerprint(manifest) == seal_found
+        whole = whole and fingerprint(manifest) == seal_found
     except FileNotFoundError:
         raise Damaged(f"{path}: found none, expected a folder that secateur wrote") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

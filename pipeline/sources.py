@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import transformers
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from exporters import MissingDependency
-from pipeline.checkpoint import ModelError, look_through, read_config
+from pipeline.checkpoint import ModelError, first_line, look_through
 from pipeline.manifest import file_hash
 
 MINILM: Final = "builtin:minilm"
@@ -52,7 +53,11 @@ def resolve(source: str) -> str:
 
 
 def identity(source: str, revision: str | None) -> dict[str, str]:
-    """Return what names a model's content: its files' hashes, or the commit on the hub."""
+    """Return what names a model's content: its files' hashes, or the commit on the hub.
+
+    Raises:
+        ModelError: there is no such model on the hub or in its local cache.
+    """
     path = Path(source)
     if path.is_dir():
         return {
@@ -60,9 +65,11 @@ def identity(source: str, revision: str | None) -> dict[str, str]:
             for file in sorted(path.rglob("*"))
             if file.is_file() and ".git" not in file.parts
         }
-    commit = getattr(read_config(source, revision), "_commit_hash", None)
-    if commit is None:
-        raise ModelError(f"{source}: found no commit on the hub, expected one; name a revision")
+    try:
+        commit = extract_commit_hash(cached_file(source, "config.json", revision=revision), None)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: found no commit on the hub: {first_line(error)}") from error
+    assert commit is not None  # what the hub's cache holds lies below one
     return {"hub": source, "commit": commit}
 
 

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 from transformers.utils.hub import cached_file
 
+from benchmarks import links
+
 CONFIGS: Final = (
     "config.json",
     "generation_config.json",
@@ -26,6 +28,8 @@ CODE: Final = frozenset({"auto_map", "trust_remote_code", "custom_pipelines"})
 """Keys that name code, or ask for it to be run."""
 KERNELS: Final = re.compile("implementation|kernel")
 """Keys that may name a repository of compiled code, as `org/name`."""
+INSTEAD: Final = frozenset({"configuration_files", "fast_tokenizer_files"})
+"""Keys that name files to be read in place of the usual ones, by version of the library."""
 WEIGHTS: Final = "transformers_weights"
 """The key of a configuration that names the file of the weights."""
 PICKLES: Final = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
@@ -43,23 +47,29 @@ def check(source: str | Path, **hub: Any) -> None:
         hub: where the files are looked for: `revision`, `subfolder` and the like.
 
     Raises:
-        Untrusted: a configuration names code, weights lie elsewhere or in a pickle, a link leads
-            out of the folder, there is an adapter, or a file cannot be read.
+        Untrusted: a configuration names code, or files to read in its place, weights lie elsewhere
+            or in a pickle, a link leads out of the folder, there is an adapter, or a file cannot be
+            read.
     """
     folder = Path(source)
     if folder.is_dir():
-        _refuse_links(folder)
+        for path in links.leading_out(folder):
+            raise Untrusted(
+                f"{path}: found a link to {path.resolve()}, expected a plain file: links that lead"
+                " out of a model's folder are not followed; copy the file here"
+            )
     for name in CONFIGS:
-        refuse_code(_read(source, name, hub), f"{source}/{name}")
+        config, where = _read(source, name, hub), f"{source}/{name}"
+        refuse_code(config, where)
+        for key in sorted(INSTEAD & config.keys()):
+            raise Untrusted(
+                f"{where}: found {key}: {_short(config[key])}, which names files to read instead of"
+                " those that are looked through, expected none; take the key out"
+            )
     index: Any = _read(source, INDEX, hub).get("weight_map", {})
     shards = set(index.values()) if isinstance(index, Mapping) else {index}
-    named = _read(source, CONFIGS[0], hub).get(WEIGHTS)
-    for shard in shards | ({named} if named is not None else set()):
-        if not _in_place(shard):
-            raise Untrusted(
-                f"{source}: found weights in {_short(shard)}, expected a file *.safetensors of the"
-                " same folder"
-            )
+    for shard in [*shards, _read(source, CONFIGS[0], hub).get(WEIGHTS)]:
+        refuse_elsewhere(shard, source)
     if _read(source, ADAPTER, hub):
         raise Untrusted(
             f"{source}: found {ADAPTER}, expected the weights of a whole model; merge the adapter"
@@ -78,6 +88,22 @@ def refuse_code(config: Mapping[str, Any], where: str) -> None:
             f"{where}: found {place}: {_short(found)}, which names code, expected none: code that"
             " comes with a model is never run; take the key out, if transformers knows this family"
             " by itself"
+        )
+
+
+def refuse_elsewhere(weights: Any, source: str | Path) -> None:
+    """Refuse the name of a file of weights, if there is one, that is no safetensors in place.
+
+    Raises:
+        Untrusted: it leads elsewhere, or to a pickle.
+    """
+    if weights is None:
+        return
+    plain = isinstance(weights, str) and PurePosixPath(weights).name == weights
+    if not (plain and "\\" not in weights and weights.endswith(".safetensors")):
+        raise Untrusted(
+            f"{source}: found weights in {_short(weights)}, expected a file *.safetensors of the"
+            " same folder"
         )
 
 
@@ -143,24 +169,3 @@ def _texts(value: Any) -> Iterator[str]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) < 80 else f"{text[:80]}..."  # noqa: PLR2004
-
-
-def _in_place(name: Any) -> bool:
-    plain = isinstance(name, str) and PurePosixPath(name).name == name and "\\" not in name
-    return plain and name.endswith(".safetensors")
-
-
-def _refuse_links(folder: Path) -> None:
-    """Refuse a link that leads out of the folder, but for those of the hub's cache.
-
-    The cache keeps a snapshot's files as links to `blobs`, beside all its snapshots.
-    """
-    inside = [folder.resolve()]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parents[1] / "blobs")
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
-            raise Untrusted(
-                f"{path}: found a link to {path.resolve()}, expected a plain file: links that lead"
-                " out of a model's folder are not followed; copy the file here"
-            )

@@ -109,7 +109,7 @@ def _rerun(folder: Path, settings: Mapping[str, Any]) -> float:
     """Return the largest difference to the recorded outputs.
 
     Raises:
-        Damaged: there are none, or the model takes or gives others.
+        Damaged: there are none, or the model cannot be opened, or takes or gives others.
     """
     try:
         from pipeline.infer import golden
@@ -123,6 +123,8 @@ def _rerun(folder: Path, settings: Mapping[str, Any]) -> float:
         raise MissingDependency(
             f"{error.name}: not installed, expected it to run the recorded inputs"
         ) from error
+    except ValueError as error:  # ModelError, which needs torch, is one
+        raise Damaged(f"{folder}: cannot be opened: {error}") from error
     try:
         return golden(folder, predict)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import multiplying, secateur, write_recipe
 from onnx import TensorProto
+from released import released, released_torch
 
 from pipeline import from_pretrained
 from pipeline.budget import Budget
@@ -101,6 +102,18 @@ def named():
     config(transformers_weights="adapter_model.bin")()
 
 
+def instead(**changes):
+    """Return what has another configuration read, beside it a pickle and the good weights."""
+
+    def change():
+        held = json.loads(Path("model", "config.json").read_text())
+        Path("model", "config.4.0.0.json").write_text(json.dumps(held | changes))
+        Path("model", "adapter_model.bin").write_bytes(zipped())
+        config(configuration_files=["config.4.0.0.json"])()
+
+    return change
+
+
 MODELS = {
     "pickled weights": weights("pytorch_model.bin"),
     "zipped weights": weights("pytorch_model.bin", zipped()),
@@ -109,6 +122,11 @@ MODELS = {
     "a zip called safetensors": weights("model.safetensors", zipped()),
     "an index of pickles": sharded,
     "weights that the config names": named,
+    "weights that another config names": instead(transformers_weights="adapter_model.bin"),
+    "an attention in another config": instead(_attn_implementation_internal="org/kernel"),
+    "another vocabulary": config(
+        "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.0.json"]
+    ),
     "a model of its own": config(auto_map={"AutoModel": "modeling_evil.Evil"}),
     "a configuration of its own": config(auto_map={"AutoConfig": "evil.Evil"}, model_type="evil"),
     "one below": config(text_config={"auto_map": {"AutoConfig": "evil.Evil"}}),
@@ -176,6 +194,11 @@ def tarred():
     return stream.getvalue()
 
 
+def linked_to():
+    folder_of("gate.csv", Path("data.csv").read_bytes())
+    Path("data", "train.csv").symlink_to(Path("data.csv").resolve())
+
+
 def named_by_a_readme(text):
     folder_of("README.md", f"---\n{text}\n---\n".encode())
     shutil.copyfile("data.csv", "data/train.csv")
@@ -197,6 +220,7 @@ RECIPES = {
     "a README that leads to the network": lambda: named_by_a_readme(
         "configs:\n- config_name: default\n  data_files: https://127.0.0.1:9/data.csv"
     ),
+    "a link that leads out": linked_to,
     "a subset that leads out": lambda: (
         folder_of("train.csv", b"text,label\na,1\n"), change_recipe(subset=f"../../{CANARY}"),
     ),
@@ -239,18 +263,6 @@ def test_no_tag_of_a_recipe_or_budget_makes_an_object(here, name):
     assert not Path(CANARY).exists()
 
 
-def released(folder):
-    """Write a folder that looks like an artifact, as far as its files go."""
-    (folder / "onnx").mkdir(parents=True)
-    graph = multiplying(np.ones((2, 2), np.float32))
-    (folder / "onnx" / "model.onnx").write_bytes(graph.SerializeToString())
-    settings = {"runtime": "onnxruntime", "device": "cpu", "threads": 1, "tolerance": 0.1}
-    (folder / "inference.json").write_text(json.dumps(settings))
-    recorded = {"input.x": np.ones((1, 2), np.float32), "output.y": np.full((1, 2), 2, np.float32)}
-    np.savez(folder / "golden.npz", allow_pickle=False, **recorded)
-    seal(folder, {"verdict": {"outcome": "pass"}})
-
-
 def elsewhere(folder, location):
     """Place a graph's weights elsewhere."""
     graph = multiplying(np.ones((2, 2), np.float32))
@@ -273,7 +285,7 @@ def names_a_file(folder):
     held = json.loads((folder / "manifest.json").read_text())
     held["files"][f"../{CANARY}"] = {"bytes": 0, "sha256": "0" * 64}
     held["sha256"] = fingerprint({name: held[name] for name in ("files", "about")})
-    (folder / "manifest.json").write_text(json.dumps(held))
+    (folder / "manifest.json").write_text(json.dumps(held, indent=1, sort_keys=True))
 
 
 ARTIFACTS = {
@@ -298,6 +310,18 @@ def test_no_code_of_an_artifact_is_run_and_no_path_followed(here, name):
     ARTIFACTS[name](folder)
     seal(folder, {"verdict": {"outcome": "pass"}})
     done = secateur("verify", folder)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert not list(here.rglob(CANARY))
+
+
+@pytest.mark.parametrize("name", ["a model of its own", "zipped weights"])
+def test_no_code_of_a_torch_artifact_is_run(here, name):
+    shutil.rmtree("model")
+    released_torch(Path("model"))
+    assert secateur("verify", "model").returncode == 0
+    MODELS[name]()
+    seal(Path("model"), {"verdict": {"outcome": "pass"}})
+    done = secateur("verify", "model")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert not list(here.rglob(CANARY))
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 from conftest import sentences, write_rows
@@ -56,6 +57,30 @@ def test_a_folder_has_a_split_a_file(tmp_path):
     write_rows(tmp_path / "validation.csv", ROWS[15:])
     found = read(tmp_path, {"train": "train[:10]", "gate": "validation"})
     assert (len(found["train"]), len(found["gate"])) == (10, 5)
+
+
+@pytest.mark.parametrize("name", ["train.csv", "train", "notes.md"])
+def test_a_link_out_of_a_folder_is_refused(tmp_path, name):
+    for place in ("data/gate.csv", "elsewhere/train.csv"):
+        (tmp_path / place).parent.mkdir()
+        write_rows(tmp_path / place, ROWS)
+    to = {"train": "elsewhere", "train.csv": "elsewhere/train.csv", "notes.md": "nowhere"}[name]
+    (tmp_path / "data" / name).symlink_to(tmp_path / to)
+    with pytest.raises(DataError, match=f"data/{name}: found a link to .*{to}, expected a plain"):
+        read(tmp_path / "data", {"gate": "train"})
+
+
+def test_links_within_a_folder_to_it_and_of_the_hub_s_cache_are_followed(tmp_path):
+    snapshot = tmp_path / "datasets--org--name" / "snapshots" / ("0" * 40)
+    for folder in (snapshot, snapshot.parents[1] / "blobs", tmp_path / "plain"):
+        folder.mkdir(parents=True)
+    write_rows(snapshot.parents[1] / "blobs" / "0", ROWS)
+    (snapshot / "train.csv").symlink_to(Path("..", "..", "blobs", "0"))
+    (tmp_path / "link").symlink_to(snapshot)
+    assert len(read(tmp_path / "link")["gate"]) == 20
+    write_rows(tmp_path / "plain" / "rows.csv", ROWS)
+    (tmp_path / "plain" / "train.csv").symlink_to("rows.csv")
+    assert len(read(tmp_path / "plain", {"gate": "train[:20]"})["gate"]) == 20
 
 
 def test_a_folder_of_images(tmp_path):

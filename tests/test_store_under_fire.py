@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import writers
 from conftest import secateur, write_recipe
+from released import released
 
 from pipeline.manifest import MANIFEST, seal
 from pipeline.store import Store, publish, verify
@@ -218,14 +219,25 @@ def test_flipped_bits_are_all_noticed(tmp_path, flips):
         flip(generator.choice(files), generator)
         assert store.get("stage", {}, make) == entry
         assert len(calls) == at + 2
-    seal(entry.folder, {"verdict": {"outcome": "pass"}})
+    folder = tmp_path / "artifact"
+    released(folder)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for _ in range(flips):
         path = generator.choice(files)
         content = flip(path, generator)
-        done = secateur("verify", entry.folder)
+        done = secateur("verify", folder)
         assert done.returncode == 2, done.stderr
-        assert (path.name in done.stderr) or path.name == MANIFEST
+        assert f"{path}: found" in done.stderr or f"{folder / MANIFEST}: cannot" in done.stderr
         path.write_bytes(content)
+    assert secateur("verify", folder).returncode == 0
+
+
+def test_a_number_written_otherwise_is_another_manifest(tmp_path):
+    """A flipped bit in the last of 17 digits, or in the `e` of 1e-05, leaves the same number."""
+    seal(tmp_path, {"loss": 0.1})
+    text = (tmp_path / MANIFEST).read_text()
+    (tmp_path / MANIFEST).write_text(text.replace("0.1", "0.10"))
+    assert verify(tmp_path) is None
 
 
 def test_links_in_the_way_are_not_followed(tmp_path):
@@ -281,7 +293,8 @@ def test_kills_of_a_whole_run_and_then_flipped_bits(tmp_path):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            kills += 1
+        assert process.returncode in {0, -signal.SIGKILL}
+        kills += process.returncode == -signal.SIGKILL
         now = entries(folder) if folder.exists() else {}
         assert made.items() <= now.items()  # nothing that was finished is made again
         assert not (folder / "artifact").exists() or verify(folder / "artifact")
@@ -293,14 +306,14 @@ def test_kills_of_a_whole_run_and_then_flipped_bits(tmp_path):
     subprocess.run([*command, folder], check=True, **options)
     assert results(folder) == expected
     print({"kills": kills, "runs that ended": ended + 1, "seconds undisturbed": lasts})
-    for released in (False, True):
-        root = folder / ("artifact" if released else "stages")
+    for place in ("stages", "artifact"):
+        root = folder / place
         files = [path for path in sorted(root.rglob("*")) if path.is_file()]
         files = [path for path in files if ".store" not in path.parts and path.stat().st_size]
         for _ in range(100):
             path = generator.choice(files)
             content = flip(path, generator)
-            if released:
+            if place == "artifact":
                 assert secateur("verify", root).returncode == 2
             else:
                 assert verify(root / path.relative_to(root).parts[0]) is None

@@ -129,6 +129,29 @@ def test_weights_that_a_configuration_places_in_a_pickle_are_refused(tmp_path):
         from_pretrained(tmp_path)
 
 
+def test_weights_of_a_configuration_that_changed_since_it_was_looked_through(tmp_path, monkeypatch):
+    """As on the hub, where two reads may find two commits."""
+    write_model(tmp_path)
+    write_config(tmp_path, {"transformers_weights": "adapter_model.bin"})
+    monkeypatch.setattr("pipeline.trust.check", lambda *_, **__: None)
+    with pytest.raises(ModelError, match=r"found weights in 'adapter_model\.bin'"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("config.json", "configuration_files"),
+        ("tokenizer_config.json", "fast_tokenizer_files"),
+    ],
+)
+def test_files_to_read_instead_are_refused(tmp_path, name, key):
+    write_model(tmp_path)
+    write_config(tmp_path, {key: [f"{name}.4.0.0.json"]}, name)
+    with pytest.raises(ModelError, match=f"{name}: found {key}: .*, which names files to read"):
+        read_config(tmp_path)
+
+
 def test_an_adapter_is_refused(tmp_path):
     write_model(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/name"}')
@@ -188,3 +211,31 @@ def test_a_model_of_the_hub_is_looked_through_too(tmp_path):
     assert read_config("org/name", cache_dir=tmp_path / "good").model_type == "bert"
     with pytest.raises(ModelError, match=r"org/name/config\.json: found vision_config\.deep\.0\.a"):
         read_config("org/name", cache_dir=tmp_path / "evil")
+
+
+def test_no_weights_come_from_a_pull_request(tmp_path, monkeypatch):
+    """With a network, the library would ask a bot to convert those of a repository without any."""
+    model = write_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    as_in_the_cache(tmp_path / "model", tmp_path / "models--org--name")
+    asked = []
+    monkeypatch.setattr("transformers.modeling_utils.is_offline_mode", lambda: False)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.auto_conversion",
+        lambda *found, **_: asked.append(found) or (None, "main", False),
+    )
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    with pytest.raises(ModelError, match="does not appear to have a file named"):
+        from_pretrained("org/name", cache_dir=tmp_path)
+    assert asked == []
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    write_model(tmp_path / "model")
+    as_in_the_cache(tmp_path / "model", tmp_path / "models--org--name")
+    found = {"hub": "org/name", "commit": "0" * 40}
+    assert sources.identity("org/name", None) == found == sources.identity("org/name", "main")
+    with pytest.raises(ModelError, match="org/nothing: found no commit on the hub: "):
+        sources.identity("org/nothing", None)
