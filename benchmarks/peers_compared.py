@@ -96,13 +96,18 @@ def quantized(graph: Path, folder: Path) -> Path:
 
     In 7 bits where 8 would overflow, as its documentation advises.
     """
+    from onnx import load
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path, narrow = folder / "model.onnx", machine.describe().saturates
     folder.mkdir()
-    quantize_dynamic(
-        graph, path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=narrow
-    )
+    model = load(graph)
+    weights = {each.name for each in model.graph.initializer}
+    shapes = [each for each in model.graph.value_info if each.name not in weights]
+    del model.graph.value_info[:]  # those of the weights are no longer true
+    model.graph.value_info.extend(shapes)
+    int8 = QuantType.QInt8
+    quantize_dynamic(model, path, weight_type=int8, per_channel=True, reduce_range=narrow)
     return path
 
 
