@@ -22,7 +22,8 @@ from rich.console import Console
 
 from benchmarks.machine import usable_cores
 from benchmarks.worker import Arrays, Predictor, Worker
-from pipeline.bench import Settings, bench
+from pipeline.bench import bench
+from pipeline.turns import Settings
 
 LAYERS: Final = 5
 """Of the first artifact; one more is 20 % more."""
@@ -32,10 +33,10 @@ NAME: Final = "benchmarks.harness_checked"
 def write_encoder(folder: Path, layers: int) -> Path:
     """Export a BERT of small width with random weights; what is timed is not its accuracy."""
     import torch
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+    from transformers import BertConfig, BertForSequenceClassification
 
     from exporters import onnx
-    from pipeline.sources import MINILM, resolve
+    from pipeline.sources import MINILM, processor, resolve
 
     torch.manual_seed(0)
     config = BertConfig(
@@ -48,7 +49,7 @@ def write_encoder(folder: Path, layers: int) -> Path:
     path = folder / onnx.MODEL
     onnx.export(model, samples, axes=("batch", "sequence"), path=path, fuse_for="cpu")
     config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(resolve(MINILM)).save_pretrained(folder)
+    processor(resolve(MINILM), "AutoTokenizer", None).save_pretrained(folder)
     return folder
 
 

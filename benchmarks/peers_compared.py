@@ -6,6 +6,8 @@ turns, in a process each, on the loads of the recipe, and all are judged on its 
 not installed is left out, and said to be.
 
     python -m benchmarks.peers_compared RECIPE ARTIFACT OUTPUT
+
+RECIPE has the uncut model as its `model`, and task, data and loads; its steps are not run.
 """
 
 import argparse
@@ -21,17 +23,18 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks import machine, metrics
-from benchmarks.accuracy import evaluate
+from benchmarks.accuracy import evaluate, silent
 from benchmarks.examples import collate
 from benchmarks.outcomes import fidelity
 from benchmarks.worker import Arrays, Predictor, Worker
 from exporters import onnx
 from pipeline import candidates
-from pipeline.bench import Settings, compare
+from pipeline.bench import compare
 from pipeline.candidates import Candidate
 from pipeline.checkpoint import from_pretrained, open_model
 from pipeline.checkpoint import predictor as torch_predictor
 from pipeline.recipe import Recipe
+from pipeline.turns import Settings
 from pipeline.work import Work
 
 NAME: Final = "benchmarks.peers_compared"
@@ -50,7 +53,7 @@ def open_openvino(path: Path, *, device: str, threads: int) -> Predictor:
     """Return a predictor of an OpenVINO model."""
     import openvino
 
-    assert device == "cpu"
+    del device  # see main
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     settings |= {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)
@@ -192,8 +195,12 @@ def main() -> None:
     options = parser.parse_args()
     say = Console(highlight=False, soft_wrap=True).print
     recipe = Recipe.from_yaml(options.recipe)
+    if recipe.target.device != "cpu":
+        parser.error(
+            f"target.device: found {recipe.target.device}, expected cpu, where all can run"
+        )
     options.output.mkdir(parents=True)
-    work = Work(recipe, options.output / "work", fresh=False, track=lambda items, *_: items)
+    work = Work(recipe, options.output / "work", fresh=False, track=silent)
     found = []
     for name, make in peers(work, options.output / "peers").items():
         if missing := [each for each in NEEDED.get(name, ()) if find_spec(each) is None]:

@@ -5,7 +5,6 @@ the files. Inputs are real text in the model's own tokens, the same text for eve
 """
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +15,12 @@ from typing import Any, Final
 
 import numpy as np
 from safetensors import safe_open
-from torch import nn
 
 from benchmarks.data import DataError
 from benchmarks.examples import Arrays, collate
 from exporters import ExportError, onnx, tensorrt
 from exporters.onnx import counting
+from pipeline import parts
 from pipeline.checkpoint import ModelError, read_config, without_weights
 from pipeline.openers import OPENERS
 
@@ -232,16 +231,9 @@ def bytes_read(candidate: Candidate) -> int:
     if candidate.graph is not None:
         return sum(counting.bytes_read(path) for path in onnx.files(candidate.graph))
     model = without_weights(candidate.folder)
-    tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    known, words = parts.places(model), model.get_input_embeddings()
     if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
-        words = model.get_input_embeddings().weight  # read as the head
-        tables -= {name for name, weight in model.named_parameters() if weight is words}
-    count = 0
-    for path in candidate.files:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__" and name not in tables:
-                start, end = tensor["data_offsets"]
-                count += end - start
-    return count
+        # Read as the head, whole.
+        known = {name: p for name, p in known.items() if model.get_submodule(name) is not words}
+    found = parts.bytes_of_tensors(candidate.files, known)
+    return sum(found.values()) - found["embeddings"]

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from pipeline import arguments
 from pipeline.arguments import PASSWORD
-from pipeline.statuses import CODES, FAILED, UNAVAILABLE, WRONG, disk, guarded, say
+from pipeline.statuses import CODES, WRONG, guarded, lightly, say
 from pipeline.terminal import (
     Bars,
     out,
@@ -150,17 +150,10 @@ def _per_layer_config(source: str) -> str:
 
 
 def _gate(options: argparse.Namespace) -> int:
-    from pipeline.evidence import EvidenceError
-    from pipeline.reading import RecipeError
-
-    try:
-        return _judge(options) if options.examples is None else _plan(options)
-    except (RecipeError, EvidenceError) as error:
-        return say(WRONG, error)
-    except OSError as error:
-        return say(*disk(error))
-    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        return say(WRONG, f"{options.report}: not a report that can be judged: {error!r}")
+    act = _judge if options.examples is None else _plan
+    # What goes wrong in judging lies in the evidence.
+    where = f"{options.report}: not a report that can be judged"
+    return lightly(lambda: act(options), where, otherwise=WRONG)
 
 
 def _judge(options: argparse.Namespace) -> int:
@@ -205,23 +198,20 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from pipeline import comparison
-    from pipeline.evidence import EvidenceError
     from pipeline.judging import report_path
     from pipeline.writing import write_text
 
     first, second = (str(path) for path in options.reports)
-    try:
+
+    def act() -> int:
         found = comparison.compare(*map(report_path, options.reports))
         if options.markdown:
             write_text(options.markdown, comparison.markdown(found, (first, second)))
-    except EvidenceError as error:
-        return say(WRONG, error)
-    except OSError as error:
-        return say(*disk(error))
-    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        return say(WRONG, f"{first}, {second}: not reports that can be compared: {error!r}")
-    show_comparison(found, (first, second))
-    return 0
+        show_comparison(found, (first, second))
+        return 0
+
+    where = f"{first}, {second}: not reports that can be compared"
+    return lightly(act, where, otherwise=WRONG)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -240,7 +230,7 @@ def _verify(options: argparse.Namespace) -> int:
         )
         return 0
 
-    return _lightly(act, options.folder)
+    return lightly(act, options.folder)
 
 
 def _sign(options: argparse.Namespace) -> int:
@@ -251,7 +241,7 @@ def _sign(options: argparse.Namespace) -> int:
         out.print(f"signed: {escape(str(signature))}", soft_wrap=True)
         return 0
 
-    return _lightly(act, options.folder)
+    return lightly(act, options.folder)
 
 
 def _store(options: argparse.Namespace) -> int:
@@ -273,28 +263,7 @@ def _store(options: argparse.Namespace) -> int:
                 show_items(found)
         return 0
 
-    return _lightly(act, "store")
-
-
-def _lightly(act: Callable[[], int], where: object) -> int:
-    """Return the exit code of what is done where there may be no torch."""
-    from benchmarks.machine import Unavailable
-    from exporters import ExportError, MissingDependency, NotHere
-    from pipeline.manifest import Damaged
-    from pipeline.reading import RecipeError
-
-    try:
-        return act()
-    except (Damaged, RecipeError) as error:
-        return say(WRONG, error)
-    except (MissingDependency, NotHere, Unavailable) as error:
-        return say(UNAVAILABLE, error)
-    except ExportError as error:
-        return say(FAILED, error)
-    except OSError as error:
-        return say(*disk(error))
-    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
-        return say(FAILED, f"{where}: {type(error).__name__}: {error}")
+    return lightly(act, "store")
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -321,7 +290,8 @@ def _bench(options: argparse.Namespace) -> int:
     import json
 
     from benchmarks.machine import usable_cores
-    from pipeline.bench import BATCHES, Settings, bench
+    from pipeline.bench import bench
+    from pipeline.turns import BATCHES, Settings
     from pipeline.writing import write_text
 
     batches = options.batch or BATCHES[options.scenario]

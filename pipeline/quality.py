@@ -328,6 +328,6 @@ def _more_examples(size: int, low: float, high: float, estimate: float, allowed:
 def _needs(size: int, times: float) -> str:
     """Say how many more examples would decide, if it takes so many times what there is."""
     if times > FURTHEST:
-        return "the estimate equals the budget: no number of examples will decide"
+        return f"the estimate is at the budget: {FURTHEST:,} times as many would not decide"
     more = max(math.ceil(size * times) - size, 1)
     return f"about {more} more examples would decide, if the estimate holds"

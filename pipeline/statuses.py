@@ -67,6 +67,31 @@ def guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of err
         return say(FAILED, f"{type(error).__name__}: {error}; please report it with what is above")
 
 
+def lightly(act: Callable[[], int], where: object, *, otherwise: int = FAILED) -> int:
+    """Return the exit code of what is done where there may be no torch.
+
+    An error that nobody foresaw ends with `otherwise`.
+    """
+    from benchmarks.machine import Unavailable
+    from exporters import ExportError, MissingDependency, NotHere
+    from pipeline.evidence import EvidenceError
+    from pipeline.manifest import Damaged
+    from pipeline.reading import RecipeError
+
+    try:
+        return act()
+    except (Damaged, RecipeError, EvidenceError) as error:
+        return say(WRONG, error)
+    except (MissingDependency, NotHere, Unavailable) as error:
+        return say(UNAVAILABLE, error)
+    except ExportError as error:
+        return say(FAILED, error)
+    except OSError as error:
+        return say(*disk(error))
+    except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
+        return say(otherwise, f"{where}: {type(error).__name__}: {error}")
+
+
 def disk(error: OSError) -> tuple[int, str]:
     """Return code and message for a file that cannot be written or read."""
     where = error.filename or "output"

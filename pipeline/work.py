@@ -82,6 +82,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "tables.py",
         "terminal.py",
         "timed_generation.py",
+        "turns.py",
         "verification.py",
     }
 )

@@ -1,9 +1,9 @@
 """Groups of units, and how what is left of them is written down."""
 
 import pytest
-from conftest import SIZES, tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import SIZES, tiny
 from torch import nn
 from transformers import AlbertConfig, AlbertModel
 

@@ -16,10 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from benchmarks import loadgen, worker
 from benchmarks.data import DataError
 from benchmarks.machine import Unavailable
-from pipeline import bench as measuring
-from pipeline import candidates
-from pipeline.bench import Settings, bench
+from pipeline import candidates, turns
+from pipeline.bench import bench
 from pipeline.checkpoint import ModelError
+from pipeline.turns import Settings
 
 QUICK = ("--sequence", 8, "--threads", 1, "--seconds", 1)
 
@@ -73,8 +73,8 @@ def test_any_format_beside_any_other(tmp_path):
 
 @pytest.mark.parametrize("scenario", ["multi-stream", "offline", "server"])
 def test_a_scenario_gives_its_own_numbers(tmp_path, scenario, monkeypatch):
-    monkeypatch.setattr(measuring, "SERVER_SECONDS", 0.2)
-    monkeypatch.setattr(measuring, "LOADGEN", {"seconds": 0.1, "queries": 8})
+    monkeypatch.setattr(turns, "SERVER_SECONDS", 0.2)
+    monkeypatch.setattr(turns, "LOADGEN", {"seconds": 0.1, "queries": 8})
     here = find_spec("mlperf_loadgen") is not None
     found = bench(
         [write_graph(tmp_path / "graph"), tmp_path / "graph"],

@@ -11,9 +11,10 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import batch, tiny, write_recipe
+from conftest import write_recipe
 from onnx import TensorProto, helper, numpy_helper
 from safetensors import safe_open
+from tiny_models import batch, tiny
 from torch import nn
 from transformers import BitsAndBytesConfig
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, batch, inputs, tiny
+from tiny_models import FAMILIES, batch, inputs, tiny
 
 from pipeline import pruning, structure
 from pipeline.calibration import change_gradients, mask_gradients, moments

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIZES, batch, edit_weights, tiny, write_model
+from conftest import edit_weights, write_model
 from safetensors.torch import load_file, save_file
+from tiny_models import SIZES, batch, tiny
 from transformers import BertConfig, BertForPreTraining
 
 from benchmarks.machine import Unavailable

@@ -9,13 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    edit_weights,
-    other_task,
-    secateur,
-    sentences,
-    write_recipe,
-)
+from conftest import edit_weights, other_task, secateur, sentences, write_recipe
 from transformers import (
     FNetConfig,
     FNetForSequenceClassification,

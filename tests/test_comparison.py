@@ -164,4 +164,4 @@ def test_the_command_refuses_in_a_line_with_status_2(tmp_path):
     no_recipe = write(tmp_path / "c", content(passed()) | {"recipe": {"model": "x"}})
     done = secateur("compare", paths[0], no_recipe)
     assert done.returncode == 2
-    assert "not reports that can be compared: KeyError('steps')" in done.stderr
+    assert "not reports that can be compared: KeyError: 'steps'" in done.stderr

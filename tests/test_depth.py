@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import inputs, tiny
+from tiny_models import inputs, tiny
 
 from pipeline import depth, structure
 from pipeline.distillation import divergence

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import tiny
+from tiny_models import tiny
 
 import exporters
 from exporters import ExportError, MissingDependency, NotHere

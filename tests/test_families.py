@@ -6,7 +6,7 @@ import math
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, SHARED, SIZES, grouped, inputs, tiny
+from tiny_models import FAMILIES, SHARED, SIZES, grouped, inputs, tiny
 from transformers import (
     BertConfig,
     BertLMHeadModel,

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import batch, inputs, sentences, tiny, write_model
+from conftest import sentences, write_model
 from safetensors import safe_open
+from tiny_models import batch, inputs, tiny
 from torch.nn import functional
 from transformers import AutoTokenizer
 

@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import tiny
 from onnx import TensorProto, helper
+from tiny_models import tiny
 from transformers import AutoTokenizer
 
 from exporters import ExportError

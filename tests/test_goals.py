@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import inputs, tiny, write_model, write_recipe
+from conftest import write_model, write_recipe
+from tiny_models import inputs, tiny
 
 from pipeline import costs, counting, from_pretrained, goals, levels, prices, structure, units
 from pipeline.checkpoint import ModelError

@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import batch, tiny, write_model, write_recipe
+from conftest import write_model, write_recipe
 from safetensors.numpy import load_file
+from tiny_models import batch, tiny
 
 from exporters import MissingDependency
 from pipeline import from_pretrained, gptq, prune_heads, prune_neurons, run, save_pretrained

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny
+from tiny_models import FAMILIES, tiny
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from pipeline import prune_heads, prune_layers, prune_neurons, save_pretrained, units

@@ -149,14 +149,19 @@ MODELS = {
 }
 
 
+def with_model(folder, good, change):
+    """Copy what is good, change its model, and return the path of its recipe."""
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    change(folder / "model")
+    recipe = recipe_of(folder)
+    recipe["model"]["source"] = str(folder / "model")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_is_wrong_is_refused(tmp_path, good, name):
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    MODELS[name](tmp_path / "model")
-    recipe = recipe_of(tmp_path)
-    recipe["model"]["source"] = str(tmp_path / "model")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    refused(tmp_path, tmp_path / "recipe.yaml")
+    refused(tmp_path, with_model(tmp_path, good, MODELS[name]))
 
 
 BUILT = {
@@ -181,12 +186,8 @@ BUILT = {
 
 @pytest.mark.parametrize("name", BUILT)
 def test_a_model_that_cannot_be_built_is_refused(tmp_path, good, name):
-    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
-    BUILT[name](tmp_path / "model")
-    recipe = recipe_of(tmp_path)
-    recipe["model"]["source"] = str(tmp_path / "model")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = secateur("run", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    path = with_model(tmp_path, good, BUILT[name])
+    done = secateur("run", path, "--output", tmp_path / "out")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert [

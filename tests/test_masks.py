@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import sentences, tiny, write_model
+from conftest import sentences, write_model
+from tiny_models import tiny
 from transformers import AutoTokenizer
 
 from benchmarks.examples import padding

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, SHARED, grouped, inputs, tiny
+from tiny_models import FAMILIES, SHARED, grouped, inputs, tiny
 
 from pipeline import (
     from_pretrained,

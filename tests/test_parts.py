@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from conftest import tiny
+from tiny_models import tiny
 
 from exporters import onnx as exporter
 from pipeline import parts, prune_heads

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from conftest import SIZES, secateur, tiny
+from conftest import secateur
+from tiny_models import SIZES, tiny
 from transformers import BertConfig, BertLMHeadModel, PreTrainedConfig
 
 from pipeline import (

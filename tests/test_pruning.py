@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import batch, tiny
+from tiny_models import batch, tiny
 from transformers import PreTrainedModel
 
 from pipeline import (

@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from conftest import multiplying, tiny, write_recipe
+from conftest import multiplying, write_recipe
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
+from tiny_models import tiny
 
 from benchmarks.data import DataError
 from benchmarks.machine import describe

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from conftest import GROUPED, IMAGES, SIZES, TOKENS, batch
+from tiny_models import GROUPED, IMAGES, SIZES, TOKENS, batch
 from transformers import PreTrainedModel
 
 from pipeline import (

@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import tiny, write_recipe
+from conftest import write_recipe
 from onnx import TensorProto, helper
+from tiny_models import tiny
 
 from exporters import ExportError, MissingDependency, NotHere, tensorrt
 from exporters import onnx as exporter

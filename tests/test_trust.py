@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIZES, secateur, tiny, write_model
+from conftest import secateur, write_model
+from tiny_models import SIZES, tiny
 from transformers import BertConfig, ViTImageProcessor
 
 from pipeline import from_pretrained, sources

@@ -15,7 +15,15 @@ from exporters import ExportError, NotHere
 from exporters.onnx.graph import data_file
 from exporters.onnx.session import inputs_of
 from exporters.tensorrt import precisions
-from exporters.tensorrt.engine import ENGINE, PLAN, SCHEMA, invalid, layers, runs_here
+from exporters.tensorrt.engine import (
+    ENGINE,
+    PLAN,
+    SCHEMA,
+    described,
+    invalid,
+    layers,
+    runs_here,
+)
 from exporters.tensorrt.library import FULL, RTX, Gpu, gpu, library, logger
 from exporters.tensorrt.progress import Track, built, silent
 
@@ -170,7 +178,7 @@ def build(
     if here is not None and runs_here(about, here) and not invalid(trt, memoryview(plan)):
         about["precisions"] |= _audited(trt, about, memoryview(plan))
     (folder / ENGINE).write_text(json.dumps(about, indent=1, sort_keys=True), encoding="utf-8")
-    return about
+    return described(folder)
 
 
 def _parse(trt: Any, network: Any, log: Any, path: Path) -> None:
