@@ -179,7 +179,12 @@ def check_speedup(load: str, ratio: Mapping[str, float], allowed: float) -> Chec
 def check_latency(name: str, load: Mapping[str, Any], allowed: float) -> Check:
     """Return the check of a percentile of a load's latencies, in ms, by its interval."""
     what, latency = f"{name} at {shape(load)} in ms", load["latency_ms"]
-    bounds = latency.get("intervals", {}).get(name, (None, None))
+    if not latency.get("intervals"):  # schema 2
+        raise EvidenceError(
+            f"{what}: found a report of an earlier release, which kept no intervals of latencies, "
+            "expected one that does; run the recipe again"
+        )
+    bounds = latency["intervals"].get(name, (None, None))
     if latency.get(name) is None or None in bounds:
         raise EvidenceError(
             f"{what}: found too few samples for its interval, expected more; raise target.rounds"

@@ -91,9 +91,13 @@ def test_a_report_of_the_schema_before_is_judged_alike(report):
             for name in added.keys() & part.keys():
                 part[name] = {k: v for k, v in part[name].items() if k not in added[name]}
     edit(report, schema=2, stages=written["stages"])
-    again = judge_again(report)
-    assert again["verdict"] == written["verdict"]
+    again = judge_again(report, Budget(max_drop=0.2, max_size=2.0))
+    of_both = [x for x in written["verdict"]["checks"] if x["what"] in ("accuracy drop", "size")]
+    assert len(of_both) == 2
+    assert again["verdict"]["checks"] == of_both
     assert "examples flipped." in ci.summary(again)
+    with pytest.raises(EvidenceError, match="kept no intervals of latencies, expected one that"):
+        judge_again(report)
 
 
 def test_another_budget_has_another_verdict(report):

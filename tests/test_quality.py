@@ -247,7 +247,7 @@ def test_agreement_has_exact_bounds_where_an_example_is_a_decision():
     near = quality.check_agreement(pair((before, after)), 0.9899, 0.95)
     assert (near.outcome, near.note.split(":")[0]) == (
         "inconclusive",
-        "the estimate equals the budget",
+        "the estimate is at the budget",
     )
 
 
