@@ -8,7 +8,7 @@ data is checked later, in work.py; an order of steps that cannot work is refused
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -159,10 +159,27 @@ class Recipe(Strict):
         """
         path = Path(path)
         content = read_yaml(path, "the key `model`")
+        if "search" in content or _leaves_open(content.get("steps")):
+            raise RecipeError(
+                f"{path}: found values that are left open (search, choose, from), expected a recipe"
+                " with all of them; use `secateur search` or `secateur sweep`"
+            )
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise RecipeError(explain(path, error, _kinds(), STEPS, INNER)) from None
+            raise RecipeError(cls.explain(path, error)) from None
+
+    @staticmethod
+    def explain(path: Path, error: ValidationError) -> str:
+        """Return every mistake of the recipe in a file on a line of its own."""
+        return explain(path, error, _kinds(), STEPS, INNER)
+
+
+def _leaves_open(node: Any) -> bool:
+    """Whether a value is one that `space` reads."""
+    if isinstance(node, dict):
+        return "choose" in node or {"from", "to"} <= node.keys() or _leaves_open([*node.values()])
+    return isinstance(node, list) and any(_leaves_open(value) for value in node)
 
 
 def _order_mistakes(recipe: Recipe) -> Iterator[str]:
