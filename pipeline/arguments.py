@@ -22,6 +22,13 @@ def parser() -> argparse.ArgumentParser:
     run_arguments(run)
     check = commands.add_parser("check", help="resolve recipes, and say what would run")
     check.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
+    search = commands.add_parser(
+        "search", help="the fastest or smallest artifact within the budget; resumes by itself"
+    )
+    search.add_argument("recipe", type=Path, metavar="RECIPE", help="with values left open")
+    search.add_argument("--output", type=Path, metavar="FOLDER", help="default: runs/<recipe>")
+    search.add_argument("--trials", type=_count, metavar="N", help="candidates at most")
+    search.add_argument("--seconds", type=_positive, help="of work on candidates, at most")
     inspect = commands.add_parser("inspect", help="what a model is made of, and what can be cut")
     inspect.add_argument(
         "model", metavar="MODEL", help="folder, hub id, builtin:minilm, or a recipe (.yaml)"

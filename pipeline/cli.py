@@ -26,12 +26,14 @@ from pipeline.terminal import (
     out,
     progress,
     show_bench,
+    show_candidate,
     show_comparison,
     show_engine,
     show_items,
     show_parts,
     show_plans,
     show_report,
+    show_search,
     show_units,
     show_verdict,
 )
@@ -83,13 +85,18 @@ def _check(options: argparse.Namespace) -> int:
 
 def _check_one(path: Path) -> int:
     from benchmarks.tasks import TASKS
+    from pipeline import space
     from pipeline.recipe import Recipe
     from pipeline.report import step_words
     from pipeline.runner import check
+    from pipeline.search import read
 
-    recipe = Recipe.from_yaml(path)
+    opened, searched = space.read(path)
+    recipe = read(path)[2] if searched or opened.open else Recipe.from_yaml(path)
     target, name = recipe.target, escape(str(path))
     out.print(f"{name}: {escape(recipe.model.source)}, {recipe.task.kind}", soft_wrap=True)
+    if opened.open:
+        out.print(f"  open: {escape(', '.join(opened.open))}; the first of each:", soft_wrap=True)
     for stage, step in zip(recipe.stage_names, recipe.steps, strict=True):
         out.print(f"  {stage}: {escape(step_words(step.model_dump()))}", soft_wrap=True)
     out.print(f"  target: {target.runtime} on {target.device}; baseline: {recipe.baseline}")
@@ -100,6 +107,23 @@ def _check_one(path: Path) -> int:
     metric = recipe.task.metric or TASKS[recipe.task.kind].metrics[0]
     decided = show_plans(recipe.budget, metric, data.splits["gate"], data.slices)
     return CODES["pass" if decided else "inconclusive"]
+
+
+def _search(options: argparse.Namespace) -> int:
+    from pipeline.runner import default_output
+    from pipeline.search import search
+
+    with progress() as bars:
+        found = search(
+            options.recipe,
+            options.output,
+            trials=options.trials,
+            seconds=options.seconds,
+            tell=show_candidate,
+            track=Bars(bars),
+        )
+    show_search(found, options.output or default_output(options.recipe))
+    return CODES[found.outcome]
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -359,6 +383,7 @@ def _silence() -> None:
 COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "run": _run,
     "check": _check,
+    "search": _search,
     "inspect": _inspect,
     "verify": _verify,
     "sign": _sign,

@@ -60,6 +60,7 @@ def reach(
     data: Callable[[], Iterable[Batch]],
     held_out: Sequence[Batch],
     total: int,
+    keep: Callable[[Callable[[Path], None]], Path] | None = None,
     track: Track = silent,
 ) -> Reached:
     """Cut a model in place until its cost is within the budget.
@@ -79,6 +80,8 @@ def reach(
         data: gives the calibration batches with labels, anew each time; `total` of them.
         held_out: batches on which the search compares outputs with the dense model's.
         total: number of batches.
+        keep: returns the folder into which what it is given has written the levels, now or before;
+            without it they are gone afterwards.
         track: shows progress.
 
     Raises:
@@ -94,12 +97,12 @@ def reach(
     priced = costs.of_levels(model, groups, counts, price)
     allowed = budget(priced.dense)
     priced.refuse(allowed)
-    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
-        scores, made = levels.make(
+    with tempfile.TemporaryDirectory(prefix="secateur-") as beside:
+        make = partial(
+            levels.make,
             model,
             groups,
             counts,
-            Path(folder),
             criterion=criterion,
             repair=repair,
             seed=seed,
@@ -107,7 +110,10 @@ def reach(
             total=total,
             track=track,
         )
-        errors = levels.errors(model, groups, made, data, total=total, track=track)
+        if keep is None:
+            make(Path(beside))
+        known = levels.read(Path(beside) if keep is None else keep(make))
+        made, errors = known.levels, known.errors
         inside = _inside(model, groups) if layers else {}
         spared = costs.of_layers(priced, model, inside, price)
         with _Trial(model, groups, made, held_out) as trial:
@@ -118,7 +124,7 @@ def reach(
         removed, repairs = _cut(model, groups, made, found, inside)
     return Reached(
         Choice(
-            {path: s.tolist() for path, s in scores.items()},
+            {g.path: s.tolist() for g, s in zip(groups, known.scores, strict=True)},
             removed,
             repairs,
             {group.path: list(group.kept) for group in groups},

@@ -8,10 +8,11 @@ that of masks on the units that go (Kwon et al. 2022, https://arxiv.org/abs/2204
 L levels of a group.
 """
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ LEVELS: Final = 12
 """A group has so many levels at most, beside that of all its units."""
 CHANGED_BYTES: Final = 1 << 30
 """Changes of readers of so many bytes are held at once, or those of one if they are larger."""
+INDEX: Final = "levels.json"
+"""Beside the readers: everything else that is known of the levels."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,15 @@ def counts(group: Group, multiple: int) -> list[int]:
     return sorted({whole, *rounded, 0})[::-1]
 
 
+@dataclass(frozen=True)
+class Levels:
+    """Of all groups: the scores of their units `(U,)`, their levels, and what each loses `(L,)`."""
+
+    scores: Sequence[Tensor]
+    levels: Sequence[Sequence[Level]]
+    errors: Sequence[Floats]
+
+
 def make(
     model: PreTrainedModel,
     groups: Sequence[Group],
@@ -80,8 +92,8 @@ def make(
     data: Callable[[], Iterable[Batch]],
     total: int,
     track: Track,
-) -> tuple[dict[str, Tensor], list[list[Level]]]:
-    """Return the scores of each group's units by its path, and the group's levels.
+) -> None:
+    """Write the levels of groups into a folder.
 
     Args:
         model: as it is.
@@ -91,27 +103,60 @@ def make(
         criterion: the order in which a group's units go.
         repair: a key of `compensation.REPAIRS`, or `none`.
         seed: of the criterion `random`.
-        data: gives the calibration batches, anew each time; `total` of them.
+        data: gives the calibration batches with labels, anew each time; `total` of them.
         total: number of batches.
         track: shows progress.
     """
     known = pruning.gather(model, groups, criterion, data, seed=seed, total=total, track=track)
     moments = pruning.second_moments(model, groups, data, total=total, track=track)
-    scores: dict[str, Tensor] = {}
+    scores: list[Tensor] = []
     found: list[list[Level]] = []
     both = zip(moments, wanted, strict=True)
     for (group, seen), of_group in track(both, "repairing levels", len(groups)):
         evidence = known(group, seen)
-        of_units = scores[group.path] = CRITERIA[criterion](evidence)
+        scores.append(CRITERIA[criterion](evidence))
         files = [folder / f"{len(found)}-{count}" for count in of_group]
-        gone = _gone(criterion, evidence, of_units, of_group)
+        gone = _gone(criterion, evidence, scores[-1], of_group)
         found.append(
             [
                 _level(group, places, seen, repair=repair, file=file)
                 for places, file in zip(gone, files, strict=True)
             ]
         )
-    return scores, found
+    lost = errors(model, groups, found, data, total=total, track=track)
+    index = [
+        {
+            "scores": of_units.tolist(),
+            "errors": of_levels.tolist(),
+            "levels": [_described(level) for level in of_group],
+        }
+        for of_units, of_levels, of_group in zip(scores, lost, found, strict=True)
+    ]
+    (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
+
+
+def read(folder: Path) -> Levels:
+    """Return the levels that `make` wrote."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return Levels(
+        [torch.tensor(group["scores"], dtype=torch.float64) for group in index],
+        [[_level_of(folder, level) for level in group["levels"]] for group in index],
+        [np.array(group["errors"]) for group in index],
+    )
+
+
+def _described(level: Level) -> dict[str, Any]:
+    return {
+        "places": level.places.tolist(),
+        "file": level.file.name,
+        "unrepaired": level.unrepaired,
+        "error": level.error,
+    }
+
+
+def _level_of(folder: Path, level: dict[str, Any]) -> Level:
+    places = torch.tensor(level["places"], dtype=torch.long)
+    return Level(places, folder / level["file"], level["unrepaired"], level["error"])
 
 
 def errors(

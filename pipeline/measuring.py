@@ -38,9 +38,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Bench:
-    """What measuring needs: the store, the target, and the task's gate examples.
+    """What measuring needs: the store, the target, and examples of the task.
 
-    `evidence` is the fingerprint of the gate examples, `code` that of the code that measures.
+    `evidence` is the fingerprint of the examples, `code` that of the code that measures.
     """
 
     store: Store

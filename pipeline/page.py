@@ -41,15 +41,6 @@ def page(report: Json) -> str:
     """Return report.html of the JSON of a report."""
     outcome, stages = report["verdict"]["outcome"], report["stages"]
     attribution = (draw_changes(stages), draw_gains(stages))
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"secateur: {outcome}, {report['recipe']['model']['source']}"),
-        tag("style", Path(__file__).with_suffix(".css").read_text(encoding="utf-8")),
-    )
     main = tag(
         "main",
         banner(report),
@@ -61,6 +52,20 @@ def page(report: Json) -> str:
         section("Size and memory", *_plots(draw_amounts(stages))),
         section("Heads and neurons", *layers(stages)),
         section("Setting", *setting(report)),
+    )
+    return document(f"secateur: {outcome}, {report['recipe']['model']['source']}", main)
+
+
+def document(title: str, main: ET.Element) -> str:
+    """Return a page as text, from its title and what stands in it."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("style", Path(__file__).with_suffix(".css").read_text(encoding="utf-8")),
     )
     html = tag("html", head, tag("body", main), lang="en")
     ET.indent(html, "")

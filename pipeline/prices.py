@@ -26,8 +26,8 @@ ROUNDS: Final = 30
 SECONDS: Final = 20.0
 
 
-def bench(work: Work) -> Bench:
-    """Return what measuring on the recipe's target needs."""
+def bench(work: Work, split: str = "gate") -> Bench:
+    """Return what measuring on the recipe's target needs, with the examples of a split."""
     target = work.recipe.target
     return Bench(
         store=work.store,
@@ -41,9 +41,9 @@ def bench(work: Work) -> Bench:
         ),
         machine=work.machine,
         task=work.task,
-        examples=work.examples("gate"),
+        examples=work.examples(split),
         padding=work.padding,
-        evidence=work.evidence("gate"),
+        evidence=work.evidence(split),
         code=work.code,
         track=work.track,
     )

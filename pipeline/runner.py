@@ -1,14 +1,14 @@
 """`run`: a recipe in, an artifact and its report out.
 
-The pipeline is a `for` over the steps and a `match` on what each is. Every step takes an artifact
-and gives an artifact, through the store, so that a run that was killed goes on where it was. Then
-all artifacts are measured on the target, and the gate judges the last against the baseline.
+The steps are done (compression.py), all artifacts are measured on the target, and the gate judges
+the last against the baseline. All of it goes through the store, so that a run that was killed goes
+on where it was.
 """
 
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,18 +25,17 @@ from pipeline import (
     ledger,
     openers,
     processes,
-    schedules,
-    sources,
     steps,
 )
+from pipeline.compression import compress
 from pipeline.evidence import Evidence
 from pipeline.page import page
 from pipeline.recipe import Recipe
 from pipeline.report import Report, markdown
-from pipeline.settings import Export, Finetune, Prune, Quantize, trained
+from pipeline.settings import Export, Quantize
 from pipeline.stages import measure
 from pipeline.store import publish, withdraw
-from pipeline.work import Artifact, Work
+from pipeline.work import Work
 from pipeline.writing import write_text
 
 
@@ -78,7 +77,7 @@ def run(
     work = Work(recipe, output, fresh=fresh, track=track)
     if recipe.budget.regression is not None:  # that it is there is known before the first step
         judging.read(judging.report_path(Path(recipe.budget.regression.report)))
-    artifacts = _compress(work)[recipe.baseline_at :]
+    artifacts = compress(work)[recipe.baseline_at :]
     measured = measure(work, artifacts)
     here = judging.place({"machine": asdict(work.machine), "recipe": work.described()})
     evidence = Evidence(
@@ -124,7 +123,7 @@ def run(
     if passed:
         about = {
             "recipe": artifact.without_paths(report.recipe),
-            "source": sources.identity(work.source, recipe.model.revision),
+            "source": work.identity,
             "machine": report.machine,
             "verdict": asdict(verdict),
             "ledger": report.ledger,
@@ -187,33 +186,3 @@ def check_target(recipe: Recipe) -> None:
         elif isinstance(step, Quantize) and step.in_torch:
             bnb.library()
     openers.check(target.runtime, target.device)
-
-
-def _compress(work: Work) -> list[Artifact]:
-    """Do the steps, and return all artifacts, the untouched model first."""
-    artifacts = [steps.original(work)]
-    for step, name in zip(work.recipe.steps, work.recipe.stage_names, strict=True):
-        before = artifacts[-1]
-        described = step.model_dump(mode="json")
-        kind, graph = before.format, None
-        match step:
-            case Prune():
-                entry = schedules.prune(work, step, before, _teacher(step, artifacts))
-            case Finetune():
-                entry = schedules.finetune(work, step, before, _teacher(step, artifacts))
-            case Quantize() if step.in_torch:
-                entry = steps.quantize_in_torch(work, step, before)
-            case Quantize():
-                entry, kind = steps.quantize(work, step, before), "onnx"
-            case Export(format="tensorrt"):
-                (entry, graph), kind = steps.engine(work, step, before), "tensorrt"
-            case Export():
-                entry, kind = steps.export(work, before), "onnx"
-        artifacts.append(Artifact(name, described, kind, entry, graph))
-    return artifacts
-
-
-def _teacher(step: Prune | Finetune, artifacts: Sequence[Artifact]) -> Artifact | None:
-    training = trained(step)
-    name = training.teacher if training is not None else None
-    return next((artifact for artifact in artifacts if artifact.name == name), None)

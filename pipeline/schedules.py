@@ -4,7 +4,7 @@ Every round is two entries of the store, the cut model and the trained one, so t
 killed goes on in the round where it was.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,7 @@ def _cut(work: Work, step: Prune, before: Artifact) -> Entry:
 
 
 def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
-    """Cut to a goal; what levels cost is an entry of its own, for other steps to use."""
+    """Cut to a goal; the levels, and what they cost, are entries that other goals use, too."""
     load = work.recipe.target.loads[goal.load]
     price: costs.Price = prices.parameters
     if goal.multiply_adds:
@@ -117,10 +117,11 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
     def make(folder: Path) -> dict[str, Any]:
         model = checkpoint.from_pretrained(before.entry.folder)
         data, total = calibration_batches(work)
+        kinds: list[Kind] = [kind for kind in goal.units if kind != "layers"]
         try:
             reached = goals.reach(
                 model,
-                [kind for kind in goal.units if kind != "layers"],
+                kinds,
                 allowed,
                 priced,
                 criterion=step.criterion,
@@ -130,8 +131,9 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
                 seed=work.recipe.seed,
                 layers="layers" in goal.units,
                 data=data,
-                held_out=list(_held_out(work)),
+                held_out=list(held_out(work)),
                 total=total,
+                keep=partial(_keep, work, step, before, kinds) if processes.count() == 1 else None,
                 track=work.track,
             )
         except costs.OutOfReach as error:
@@ -159,6 +161,28 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
     machine = {"machine": work.machine.identity()} if goal.speedup or goal.latency_ms else {}
     key = {"input": before.entry.digest, "target": costing["target"]} | machine | _key(work, step)
     return work.make("prune", key | {"seed": work.recipe.seed}, make)
+
+
+def _keep(
+    work: Work,
+    step: Prune,
+    before: Artifact,
+    kinds: Sequence[Kind],
+    make: Callable[[Path], None],
+) -> Path:
+    """Return the folder of levels, which other goals use, too."""
+
+    def made(folder: Path) -> dict[str, Any]:
+        make(folder)
+        return {}
+
+    key = {
+        "input": before.entry.digest,
+        "levels": [*kinds, step.criterion, step.repair, step.multiple],
+        "data": work.evidence("calibration"),
+        "seed": work.recipe.seed,
+    }
+    return work.make("levels", key, made).folder
 
 
 def _learn(
@@ -238,7 +262,7 @@ def _choose_and_cut(
     """Cut, and return what a report says of it."""
     data, total = calibration_batches(work) if step.calibrated else (lambda: iter(()), 0)
     depths: dict[str, dict[str, float]] = {}
-    judged = list(_held_out(work)) if step.layers or step.sublayers else []
+    judged = list(held_out(work)) if step.layers or step.sublayers else []
     if step.layers:
         try:
             depths["layers"] = depth.drop_layers(model, step.layers, judged, track=work.track)
@@ -291,7 +315,7 @@ def calibration_batches(work: Work) -> tuple[Callable[[], Iterator[calibration.B
     return give, -(-windows // calibration.BATCH)
 
 
-def _held_out(work: Work) -> Iterator[calibration.Batch]:
+def held_out(work: Work) -> Iterator[calibration.Batch]:
     """Yield a part of the calibration data, to compare outputs on."""
     examples, every = work.examples("calibration"), calibration.HELD_OUT_EVERY
     return calibration.batches(examples, work.padding, calibration.BATCH, every=every)

@@ -27,6 +27,7 @@ class Choice:
     """One of these values."""
 
     values: tuple[Any, ...]
+    first = 0
 
     def grid(self) -> list[int]:
         """Return what can be picked: the place of a value."""
@@ -39,8 +40,12 @@ class Choice:
     def words(self, picked: float) -> str:
         """Return what was picked, for people."""
         value = self.value(picked)
-        if isinstance(value, dict) and "step" in value:
-            return f"{value['step']} {int(picked)}"
+        steps = [v["step"] if _is_step(v) else None for v in self.values]
+        if _is_step(value):
+            name = value["step"]
+            return name if steps.count(name) == 1 else f"{name} {int(picked)}"
+        if value is None and any(steps):
+            return f"no {' or '.join(dict.fromkeys(filter(None, steps)))}"
         return "none" if value is None else str(value)
 
 
@@ -52,6 +57,11 @@ class Range:
     high: float
     step: float | None = None
     log: bool = False
+
+    @property
+    def first(self) -> float:
+        """Return the smallest."""
+        return self.low
 
     @property
     def whole(self) -> bool:
@@ -71,7 +81,7 @@ class Range:
 
     def words(self, picked: float) -> str:
         """Return what was picked, for people."""
-        return f"{self.value(picked):g}"
+        return f"{self.value(picked):.3g}"
 
 
 Open = Choice | Range
@@ -220,6 +230,10 @@ def read(path: str | Path) -> tuple[Space, dict[str, Any]]:
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from None
     return space, search
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("step"), str)
 
 
 def _settled(node: Any, place: str, pick: Pick) -> Any:

@@ -48,10 +48,10 @@ class Measured:
     pressure: dict[str, list[float | None]]
 
 
-def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
-    """Return the stages of a run's artifacts, the baseline first."""
-    bench = prices.bench(work)
-    running = [_running(work, artifact) for artifact in artifacts]
+def measure(work: Work, artifacts: Sequence[Artifact], split: str = "gate") -> Measured:
+    """Return the stages of a run's artifacts, the baseline first, by the examples of a split."""
+    bench = prices.bench(work, split)
+    running = [running_of(work, artifact) for artifact in artifacts]
     found = [measuring.alone(bench, entry.folder, entry.digest) for entry in running]
     together = measuring.together(bench, {entry.digest: entry.folder for entry in running})
     stages: list[Stage] = []
@@ -66,7 +66,7 @@ def measure(work: Work, artifacts: Sequence[Artifact]) -> Measured:
     return Measured(tuple(stages), first, last, running[-1].digest, together.pressure)
 
 
-def _running(work: Work, artifact: Artifact) -> Entry:
+def running_of(work: Work, artifact: Artifact) -> Entry:
     """Return what of an artifact runs in the target's runtime."""
     match work.recipe.target.runtime:
         case "onnxruntime":
@@ -96,7 +96,7 @@ def _stage(work: Work, artifact: Artifact, alone: Alone, baseline: Outcomes) -> 
         folder=str(artifact.entry.folder),
         seconds=about["seconds"],
         parameters=about["parameters"],
-        size_bytes=_size_bytes(artifact.entry.folder),
+        size_bytes=size_bytes(artifact.entry.folder),
         score=Score(
             work.metric,
             metrics.score(work.metric, alone.outcomes.columns),
@@ -183,7 +183,7 @@ def _not_run(artifact_format: str, runtime: str) -> bool:
     return artifact_format == "tensorrt" and runtime != "tensorrt"
 
 
-def _size_bytes(folder: Path) -> int:
+def size_bytes(folder: Path) -> int:
     """Return the bytes of the model's own files: weights, or graph and weights, or an engine."""
     if (folder / tensorrt.PLAN).is_file():
         return (folder / tensorrt.PLAN).stat().st_size

@@ -25,7 +25,7 @@ from benchmarks.examples import Arrays, collate
 from benchmarks.outcomes import Outcomes, fidelity
 from benchmarks.worker import InProcess
 from exporters import onnx, tensorrt
-from pipeline import bnb, calibration, checkpoint, gptq, mixed, parts, quantization, sources
+from pipeline import bnb, calibration, checkpoint, gptq, mixed, parts, quantization
 from pipeline.checkpoint import ModelError
 from pipeline.manifest import MANIFEST
 from pipeline.recipe import ORIGINAL
@@ -76,7 +76,7 @@ def original(work: Work) -> Artifact:
             f" {recipe.task.kind} is random, expected a stage that was trained"
         )
     key = {
-        "model": sources.identity(work.source, recipe.model.revision),
+        "model": work.identity,
         "kind": recipe.task.kind,
         "labels": work.labels,
         "seed": None if work.has_head else recipe.seed,

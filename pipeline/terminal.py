@@ -19,6 +19,7 @@ from rich.table import Table
 if TYPE_CHECKING:  # what takes long to import
     from pipeline.budget import Budget, Slices
     from pipeline.comparison import Comparison
+    from pipeline.front import Found
     from pipeline.inspection import Inspection
     from pipeline.inventory import Item
     from pipeline.power import Plan
@@ -52,6 +53,54 @@ def show_report(text: str, folder: Path) -> None:
     kept = "artifact" if outcome == "pass" else "not published, last stage"
     out.print(f"{kept}: {escape(report['artifact'])}", soft_wrap=True)
     out.print(f"report: {escape(str(folder / 'report.html'))}", soft_wrap=True)
+
+
+def show_candidate(found: "Found") -> None:
+    """Show the candidate of a search that was tried last, or what the gate said of it."""
+    from pipeline import search_report
+
+    content = search_report.content(found)
+    if found.ended:
+        return
+    if found.finalists:
+        last = found.finalists[-1]
+        outcome = last.report.verdict.outcome
+        text = f"[{COLOURS[outcome]}]{outcome}[/] on the gate split"
+        out.print(f"candidate {last.candidate.number}: {text}")
+    elif content["candidates"]:
+        titles = search_report.header(content)
+        cells = search_report.row(content["candidates"][-1], len(content["loads"]))
+        rest = ", ".join(
+            f"{title} {cell}" for title, cell in zip(titles[2:], cells[2:], strict=True) if cell
+        )
+        seconds = found.candidates[-1].seconds
+        text = f"candidate {cells[0]}: {cells[1]}: {rest}; {seconds:.0f} s"
+        out.print(escape(text), soft_wrap=True)
+
+
+def show_search(found: "Found", folder: Path) -> None:
+    """Show all candidates of a search, the checks of the last that met the gate, and the result."""
+    from pipeline import search_report
+
+    content = search_report.content(found)
+    out.print()
+    rows = [search_report.row(each, len(content["loads"])) for each in content["candidates"]]
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for title in search_report.header(content):
+        shown.add_column(title)
+    for cells in rows:
+        shown.add_row(*map(escape, cells))
+    out.print(shown)
+    out.print("[dim]* on the front: no other one is better in both[/]\n")
+    if found.finalists:
+        import json
+
+        show_verdict(json.loads(found.finalists[-1].report.to_json()))
+        out.print()
+    out.print(escape(search_report.result(content)), soft_wrap=True)
+    if content["artifact"]:
+        out.print(f"artifact: {escape(content['artifact'])}", soft_wrap=True)
+    out.print(f"report: {escape(str(folder / 'search.html'))}", soft_wrap=True)
 
 
 def show_comparison(found: "Comparison", names: tuple[str, str]) -> None:

@@ -4,6 +4,7 @@ Everything that a recipe says of model and data is checked here, before the firs
 columns, labels, lengths, and whether the model fits the task.
 """
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -59,6 +60,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "drawing.py",
         "evidence.py",
         "exact.py",
+        "front.py",
         "gate.py",
         "hub.py",
         "infer.py",
@@ -71,17 +73,23 @@ _WITHOUT_EFFECT: Final = frozenset(
         "page.py",
         "plots.py",
         "power.py",
+        "proposals.py",
         "quality.py",
         "rebuilding.py",
         "recipe.py",
         "register_secateur.py",
         "report.py",
         "runner.py",
+        "search.py",
+        "search_page.py",
+        "search_report.py",
         "signing.py",
+        "space.py",
         "statuses.py",
         "tables.py",
         "terminal.py",
         "timed_generation.py",
+        "trials.py",
         "turns.py",
         "verification.py",
     }
@@ -147,6 +155,22 @@ class Work:
         # Encoding the gate split first says early if a label is not known.
         self.examples("gate")
         self.store = Store(output / "stages", fresh=fresh)
+
+    def of(self, recipe: Recipe) -> "Work":
+        """Return the same for a recipe that differs in its steps alone.
+
+        Raises:
+            ModelError: the model is not fit for these steps.
+        """
+        other = copy.copy(self)
+        other.recipe = recipe
+        other._check_family()  # noqa: SLF001 - of the same class
+        return other
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What says which model it is that the recipe begins with."""
+        return sources.identity(self.source, self.recipe.model.revision)
 
     def examples(self, split: str) -> list[Example]:
         """Return a split as the model sees it."""

@@ -281,7 +281,10 @@ def test_kills_of_a_whole_run_and_then_flipped_bits(tmp_path):
     """Ten kills of `secateur run`; then a hundred bits of its stages, and of its artifact."""
     recipe, generator, kills = write_recipe(tmp_path), random.Random(0), 0
     command = [sys.executable, "-m", "pipeline", "run", recipe, "--output"]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    log = tmp_path / "log"
+    log.touch()
+    said = os.open(log, os.O_WRONLY | os.O_APPEND)
+    options = {"stdout": subprocess.DEVNULL, "stderr": said}
     begun = time.monotonic()
     subprocess.run([*command, tmp_path / "undisturbed"], check=True, **options)
     lasts, expected = time.monotonic() - begun, results(tmp_path / "undisturbed")
@@ -293,7 +296,7 @@ def test_kills_of_a_whole_run_and_then_flipped_bits(tmp_path):
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        assert process.returncode in {0, -signal.SIGKILL}
+        assert process.returncode in {0, -signal.SIGKILL}, log.read_text()
         kills += process.returncode == -signal.SIGKILL
         now = entries(folder) if folder.exists() else {}
         assert made.items() <= now.items()  # nothing that was finished is made again
@@ -304,6 +307,7 @@ def test_kills_of_a_whole_run_and_then_flipped_bits(tmp_path):
             ended += 1
             folder, made = tmp_path / str(ended), {}
     subprocess.run([*command, folder], check=True, **options)
+    os.close(said)
     assert results(folder) == expected
     print({"kills": kills, "runs that ended": ended + 1, "seconds undisturbed": lasts})
     for place in ("stages", "artifact"):

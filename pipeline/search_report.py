@@ -1,0 +1,141 @@
+"""What a search tells, as search.json and search.md, and a line for every candidate.
+
+search_page.py makes the HTML page of the same JSON.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+from pipeline import front
+from pipeline.front import Candidate, Found
+from pipeline.report import shape
+
+Json = Mapping[str, Any]
+
+SCHEMA: Final = 1
+
+
+def content(found: Found) -> dict[str, Any]:
+    """Return search.json: units in names, fractions never per cent, None what is not known."""
+    best, first = found.settings.best, found.first
+    on_front = {c.number for c in front.pareto(found.candidates, best)}
+    judged = {f.candidate.number: f.report.verdict.outcome for f in found.finalists}
+    passed = [number for number, outcome in judged.items() if outcome == "pass"]
+    dearer = front.beyond(found.candidates, passed[0], best) if passed else None
+    last = found.finalists[-1].report if found.finalists else None
+    return {
+        "schema": SCHEMA,
+        "ended": found.ended,
+        "outcome": found.outcome,
+        "model": first.model.source,
+        "metric": found.metric,
+        "baseline": first.baseline,
+        "loads": [shape(load.model_dump()) for load in first.target.loads],
+        "settings": found.settings.model_dump(),
+        "budget": first.budget.model_dump(exclude_none=True),
+        "confidence": found.confidence,
+        "candidates": [
+            _described(candidate, best)
+            | {"on_front": candidate.number in on_front, "gate": judged.get(candidate.number)}
+            for candidate in found.candidates
+        ],
+        "chosen": passed[0] if passed else None,
+        "artifact": last.artifact if last and passed else None,
+        "better_beyond_budget": dearer.number if dearer else None,
+    }
+
+
+def _described(candidate: Candidate, best: front.Best) -> dict[str, Any]:
+    known = candidate.measured or candidate.foreseen
+    measured, screened = candidate.measured, candidate.screened
+    return {
+        "number": candidate.number,
+        "picked": dict(candidate.picked),
+        "state": candidate.state,
+        "why": candidate.why,
+        "merit": candidate.merit(best) if known else None,
+        "speedups": [list(each) for each in known.speedups] if known else None,
+        "size": known.size if known else None,
+        "divergence": candidate.foreseen.divergence if candidate.foreseen else None,
+        "lost_on_part": screened.lost if screened else None,
+        "score": measured.score if measured else None,
+        "lost": measured.lost if measured else None,
+        "checks": [asdict(check) for check in measured.checks] if measured else None,
+        "selection": candidate.outcome,
+        "seconds": candidate.seconds,
+    }
+
+
+def header(found: Json) -> tuple[str, ...]:
+    """Return the titles of the table of candidates."""
+    speedups = (f"speedup {load}" for load in found["loads"])
+    return ("", "picked", *speedups, "size", f"{found['metric']} lost", "selection", "gate")
+
+
+def row(candidate: Json, loads: int) -> tuple[str, ...]:
+    """Return a candidate's line of the table."""
+    picked = ", ".join(
+        f"{name(place)} {words}".strip() for place, words in candidate["picked"].items()
+    )
+    speedups = candidate["speedups"] or [None] * loads
+    lost = candidate["lost"] if candidate["lost"] is not None else candidate["lost_on_part"]
+    part = " (a part)" * (candidate["lost"] is None and lost is not None)
+    said = candidate["selection"] or f"{candidate['state']}: {candidate['why']}"
+    star = "*" * candidate["on_front"]
+    return (
+        f"{candidate['number']}{star}",
+        picked,
+        *("-" if each is None else f"{each[0]:.2f}" for each in speedups),
+        "-" if candidate["size"] is None else f"{candidate['size']:.3f}",
+        "-" if lost is None else f"{lost:.4f}{part}",
+        said,
+        candidate["gate"] or "",
+    )
+
+
+def name(place: str) -> str:
+    """Return the words for an open value, from its place in the file; a step has none."""
+    return ".".join(part for part in place.split(".")[1:] if not part.isdigit())
+
+
+def result(found: Json) -> str:
+    """Return what came of a search, in a sentence or two."""
+    by_number = {c["number"]: c for c in found["candidates"]}
+    of = f"of {len(by_number)} candidates"
+    if found["chosen"] is None:
+        if not found["ended"]:
+            return f"Not ended: {len(by_number)} candidates so far. Run the same command to go on."
+        judged = [n for n, c in by_number.items() if c["gate"]]
+        if not judged:
+            return f"None {of} is within the budget on the selection split."
+        tried = ", ".join(f"{n} ({by_number[n]['gate']})" for n in judged)
+        return f"None {of} passed on the gate split: {tried}."
+    chosen = by_number[found["chosen"]]
+    text = f"Candidate {found['chosen']} {of}: {_merit(found, chosen)}."
+    if (number := found["better_beyond_budget"]) is not None:
+        other = by_number[number]
+        text += (
+            f" The budget cost: candidate {number} is {_merit(found, other)}, and loses"
+            f" {other['lost']:.4f} of {found['metric']} on the selection split, in place of"
+            f" {chosen['lost']:.4f}."
+        )
+    return text
+
+
+def _merit(found: Json, candidate: Json) -> str:
+    if found["settings"]["best"] == "speed":
+        return f"{candidate['merit']:.2f} times as fast as the baseline"
+    return f"{candidate['merit']:.2f} times smaller than the baseline"
+
+
+def markdown(found: Json) -> str:
+    """Return search.md."""
+    titles = header(found)
+    rows = [row(candidate, len(found["loads"])) for candidate in found["candidates"]]
+    lines = [f"## secateur search: {found['outcome']}", "", result(found), ""]
+    lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in each) + " |" for each in rows]
+    lines += ["", "* on the front: no other candidate is better in both. What was lost is of the"]
+    lines += ["selection split; the gate split has judged those that name it alone.", ""]
+    return "\n".join(lines)
