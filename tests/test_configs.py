@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import Recipe
+from pipeline import Recipe, search, space
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -13,9 +13,12 @@ CONFIGS = ROOT / "configs"
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_a_shipped_recipe_is_read(path):
-    recipe = Recipe.from_yaml(path)
+    opened, settings = space.read(path)
+    command = "search" if opened.open else "run"
+    recipe = search.read(path)[2] if opened.open else Recipe.from_yaml(path)
+    assert bool(settings) == bool(opened.open)
     assert recipe.steps[-1].step == "export"
-    assert f"secateur run configs/{path.name}" in path.read_text()
+    assert f"secateur {command} configs/{path.name}" in path.read_text()
 
 
 def test_every_package_is_installed():
