@@ -58,8 +58,9 @@ def _table(found: Json) -> Iterable[ET.Element]:
         cells: Sequence[Node] = row(candidate, len(found["loads"]))
         chosen = candidate["number"] == found["chosen"]
         first = tag("th", tag("b", cells[0]) if chosen else cells[0], scope="row")
-        rows.append(tag("tr", first, *(tag("td", cell) for cell in cells[1:])))
-    table = tag("table", table_head(titles), tag("tbody", *rows), class_="stages")
+        named = zip(titles[1:], cells[1:], strict=True)
+        rows.append(tag("tr", first, *(tag("td", cell, data_label=title) for title, cell in named)))
+    table = tag("table", table_head(titles), tag("tbody", *rows), class_="checks")
     yield tag("div", table, class_="scroll", tabindex="0")
     yield tag(
         "p",
@@ -103,9 +104,10 @@ def _trade_off(found: Json, what: str) -> ET.Element | None:
         named = zip(measured, points, strict=True)
         alt = "; ".join(f"{c['number']}: {lost:.4f} lost at {x:.3g}" for c, (x, lost) in named)
         svg = inline(drawing, f"search-{what}", f"What was lost against {label}. {alt}")
-    return figure(title, "Up is better. Full: passes the gate's tests on the selection split.", svg)
+    return figure(title, CAPTION, svg)
 
 
+CAPTION: Final = "Up is better. Full: passes the gate's tests on the selection split; green: chosen; dashed: limit."
 TITLES: Final = {
     "speed": ("times as fast, mean of the loads", "Loss and speed"),
     "size": ("size as a share of the baseline", "Loss and size"),
