@@ -6,19 +6,19 @@ budget are ranked by how far. It is seeded, and proposes the same again if it is
 """
 
 import warnings
-from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Final
 
 import optuna
-from optuna.trial import TrialState
 
 from pipeline.reading import RecipeError
 from pipeline.space import Choice, Open, Space
 
 RANDOM: Final = 0.25
 """The share of the trials that are drawn at random, before there is something to learn from."""
-_BEYOND: Final = "beyond"
+FAILED: Final = 10.0
+"""What is no recipe, or cannot be made, counts as so many times the budget beyond it: failures that
+TPE is not told of it proposes again and again."""
 
 
 class Proposals:
@@ -46,33 +46,24 @@ class Proposals:
         return picked
 
     def tell(self, merit: float | None, beyond: float = 0.0) -> None:
-        """Say how good the last one is, and by how much beyond the budget; None: it failed."""
-        if self._trial is None:
-            return
-        self._trial.set_user_attr(_BEYOND, max(beyond, 0.0))
-        if merit is None:
-            self._study.tell(self._trial, state=TrialState.FAIL)
-        else:
-            self._study.tell(self._trial, merit)
+        """Say how good the last one is, and by what share beyond the budget; None: it failed."""
+        if self._trial is not None:
+            self._trial.set_constraint("beyond", FAILED if merit is None else max(beyond, 0.0))
+            self._study.tell(self._trial, merit or 0.0)
 
 
 def _study(trials: int, seed: int) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
-        # Groups of values that depend on a choice, and constraints, as of Optuna 5.0.
+        # Groups of values that depend on a choice, as of Optuna 5.0.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=max(4, round(RANDOM * trials)),
             multivariate=True,
             group=True,
-            constraints_func=_constraint,
             seed=seed,
         )
     return optuna.create_study(direction="maximize", sampler=sampler)
-
-
-def _constraint(trial: optuna.trial.FrozenTrial) -> Sequence[float]:
-    return (trial.user_attrs[_BEYOND],)
 
 
 def _suggest(trial: optuna.Trial, place: str, free: Open) -> float:

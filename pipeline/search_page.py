@@ -107,7 +107,9 @@ def _trade_off(found: Json, what: str) -> ET.Element | None:
     return figure(title, CAPTION, svg)
 
 
-CAPTION: Final = "Up is better. Full: passes the gate's tests on the selection split; green: chosen; dashed: limit."
+CAPTION: Final = (
+    "Up is better. Full: passes on the selection split; green: chosen; dashed: the limit."
+)
 TITLES: Final = {
     "speed": ("times as fast, mean of the loads", "Loss and speed"),
     "size": ("size as a share of the baseline", "Loss and size"),

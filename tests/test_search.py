@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ SPLITS = {"train": "train[:500]", "calibration": "train[500:600]", "selection": 
           "gate": "train[1000:]"}  # fmt: skip
 STEPS = [
     {"step": "finetune", "epochs": 20, "learning_rate": 2e-3},
-    {"step": "prune", "neurons": {"choose": [0.2, 0.5, 0.9]}},
+    {"step": "prune", "neurons": {"choose": [0.001, 0.2, 0.5, 0.9]}, "multiple": 8},
 ]
 TARGET = {"runtime": "torch", "loads": [{"batch": 2, "sequence": 16}], "rounds": 6, "threads": 1}
 
@@ -47,12 +48,12 @@ def test_the_smallest_that_passes_is_published(searched):
     content = json.loads((output / "search.json").read_text())
     by_number = {c["number"]: c for c in content["candidates"]}
     assert [c["picked"] for c in content["candidates"]] == [
-        {"steps.1.neurons": words} for words in ("0.2", "0.5", "0.9")
+        {"steps.1.neurons": words} for words in ("0.001", "0.2", "0.5", "0.9")
     ]
     chosen = by_number[content["chosen"]]
     assert found.outcome == content["outcome"] == "pass"
     for other in by_number.values():
-        if other["size"] < chosen["size"] and other["lost"] is not None:
+        if other["lost"] is not None and other["size"] < chosen["size"]:
             assert other["selection"] != "pass" or other["gate"] in ("fail", "inconclusive")
     report = json.loads((output / "report.json").read_text())
     share = report["recipe"]["steps"][1]["neurons"]
@@ -66,7 +67,7 @@ def test_the_gate_split_has_judged_the_finalists_alone(searched):
     ledger = json.loads((output / "gate-uses.json").read_text())
     (judged,) = ledger.values()
     assert len(judged) == len(found.finalists) <= 2
-    assert len(found.candidates) == 3
+    assert len(found.candidates) == 4
 
 
 def test_each_finalist_is_judged_at_its_share_of_the_error(searched):
@@ -79,8 +80,8 @@ def test_each_finalist_is_judged_at_its_share_of_the_error(searched):
 
 def test_it_tells_of_every_candidate_and_finalist(searched):
     found, _, told = searched
-    assert [len(each.candidates) for each in told[:3]] == [1, 2, 3]
-    assert [each.ended for each in told] == [False] * (3 + len(found.finalists)) + [True]
+    assert [len(each.candidates) for each in told[:4]] == [1, 2, 3, 4]
+    assert [each.ended for each in told] == [False] * (4 + len(found.finalists)) + [True]
 
 
 def test_again_nothing_is_made_anew(searched):
@@ -104,41 +105,36 @@ def test_the_page_and_the_table_name_every_candidate(searched):
     assert "https:" not in page
 
 
+def test_what_cannot_be_cut_is_a_candidate_that_failed(searched):
+    first = searched[0].candidates[0]
+    assert first.state == "failed"
+    assert "found nothing to cut" in first.why
+
+
 def test_what_was_found_is_kept_when_it_is_interrupted(searched, tmp_path):
     _, output, _ = searched
+    shutil.copytree(output / "stages", tmp_path / "stages")
 
     def interrupt(found):
         if len(found.candidates) == 2:
             raise KeyboardInterrupt
 
-    folder = output.parent / "interrupted"
     with pytest.raises(KeyboardInterrupt):
-        search(output.parent / "recipe.yaml", folder, tell=interrupt)
-    content = json.loads((folder / "search.json").read_text())
+        search(output.parent / "recipe.yaml", tmp_path, tell=interrupt)
+    content = json.loads((tmp_path / "search.json").read_text())
     assert (len(content["candidates"]), content["ended"], content["chosen"]) == (2, False, None)
-    assert not (folder / "report.json").exists()
+    assert not (tmp_path / "report.json").exists()
 
 
-def test_what_cannot_be_cut_is_a_candidate_that_failed(tmp_path):
-    steps = [STEPS[0], {"step": "prune", "neurons": {"choose": [0.001, 0.5]}, "multiple": 8}]
-    found = search(write(tmp_path, steps=steps), tmp_path / "out", trials=2)
-    first, second = found.candidates
-    assert (first.state, second.state) == ("failed", "measured")
-    assert "found nothing to cut" in first.why
-
-
-def test_a_search_of_a_range_by_the_command(tmp_path):
-    steps = [STEPS[0], {"step": "prune", "neurons": {"from": 0.1, "to": 0.9}}]
-    path = write(tmp_path, steps=steps, settings={"best": "size", "finalists": 1})
-    done = secateur("search", path, "--output", tmp_path / "out", "--trials", "3")
+def test_the_command_tells_what_it_found(searched, tmp_path):
+    _, output, _ = searched
+    shutil.copytree(output / "stages", tmp_path / "stages")
+    done = secateur("search", output.parent / "recipe.yaml", "--output", tmp_path, "--trials", "4")
     assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out" / "search.json").read_text())
-    assert content["confidence"] == 0.95
-    numbers = [float(c["picked"]["steps.1.neurons"]) for c in content["candidates"]]
-    assert len(set(numbers)) == 3
-    assert all(0.1 <= number <= 0.9 for number in numbers)
-    assert "candidate 1" in done.stdout
-    assert f"Candidate {content['chosen']} of 3 candidates" in done.stdout
+    content = json.loads((tmp_path / "search.json").read_text())
+    assert "candidate 1: neurons 0.001: " in done.stdout
+    assert f"Candidate {content['chosen']} of 4 candidates" in done.stdout
+    assert "pass against finetune" in done.stdout
 
 
 def test_check_says_what_is_open(tmp_path):
