@@ -31,33 +31,58 @@ class Teacher:
     hidden_weight: float
 
 
-def loss(model: nn.Module, inputs: dict[str, Tensor], teacher: Teacher | None) -> Tensor:
+@dataclass(frozen=True)
+class Weights:
+    """What the means of a process weigh, so that their average over all is the mean of the batch.
+
+    `own` is that of the task's own loss, `logits` of the imitation of logits; `tokens` and
+    `targets` are those of hidden states, over what is read and, in a decoder, what is written.
+    """
+
+    own: float = 1.0
+    logits: float = 1.0
+    tokens: float = 1.0
+    targets: float = 1.0
+
+
+def loss(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    teacher: Teacher | None,
+    weights: Weights = Weights(),
+) -> Tensor:
     """Return the loss of the module's formula `()`; without a teacher the task's own."""
     states = teacher is not None and teacher.hidden_weight > 0
     outputs = model(**inputs, output_hidden_states=states)
-    own: Tensor = outputs.loss
+    own: Tensor = weights.own * outputs.loss
     if teacher is None:
         return own
     with torch.no_grad():
         target = teacher.model(**inputs, output_hidden_states=states)
-    other = imitation(outputs, target, inputs, temperature=teacher.temperature)
+    other = weights.logits * imitation(outputs, target, inputs, temperature=teacher.temperature)
     total = teacher.task_weight * own + (1 - teacher.task_weight) * other
     if states:
-        total = total + teacher.hidden_weight * _states_apart(outputs, target, inputs)
+        total = total + teacher.hidden_weight * _states_apart(outputs, target, inputs, weights)
     return total
 
 
 def _states_apart(
-    outputs: Mapping[str, Any], target: Mapping[str, Any], inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Any],
+    target: Mapping[str, Any],
+    inputs: Mapping[str, Tensor],
+    weights: Weights,
 ) -> Tensor:
     """Return `hidden_distance` `()`; of an encoder-decoder the mean of that of both stacks."""
     mask = inputs.get("attention_mask")
-    masks = {"hidden_states": mask, "encoder_hidden_states": mask}
+    masks = {
+        "hidden_states": (mask, weights.tokens),
+        "encoder_hidden_states": (mask, weights.tokens),
+    }
     if "labels" in inputs:
-        masks["decoder_hidden_states"] = inputs["labels"] != IGNORED
+        masks["decoder_hidden_states"] = inputs["labels"] != IGNORED, weights.targets
     found = [
-        hidden_distance(outputs[name], target[name], counted)
-        for name, counted in masks.items()
+        weight * hidden_distance(outputs[name], target[name], counted)
+        for name, (counted, weight) in masks.items()
         if name in outputs
     ]
     return torch.stack(found).mean()

@@ -3,37 +3,33 @@
 The order of the data and all that is random in a step follow from the seed and the step's number
 alone. So a training that was killed goes on from its last checkpoint to the same weights, bit for
 bit on a CPU, and no state of a random generator is ever stored. Several processes, as torchrun or
-accelerate start them, share each batch.
+accelerate start them, share each batch; the weights as well (FSDP2) where accelerate is told to.
+What trains is then a copy of the model in parts, and the model itself, whole, takes its weights.
 """
 
-import hashlib
-import json
+import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from benchmarks.accuracy import Track, silent
-from benchmarks.examples import Arrays, Example, collate
-from pipeline import processes
-from pipeline.distillation import Teacher, loss
+from benchmarks.examples import IGNORED, Arrays, Example, collate
+from pipeline import processes, sharding
+from pipeline.distillation import Teacher, Weights, loss
+from pipeline.resuming import Clock, State
 
 LARGEST_NORM: Final = 1.0
 """Gradients are scaled down to this norm."""
-SAVING: Final = 1 / 30
-"""The share of the time that may be spent on checkpoints."""
 _LEARNER: Final = "learner."
 
 
@@ -43,6 +39,10 @@ class TrainingError(RuntimeError):
 
 class Learner(Protocol):
     """A module that learns, while the model trains, which units to cut; see `masks`."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether `see` looks at the model's weights and their gradients."""
 
     def options(self) -> list[dict[str, Any]]:
         """Return its parameters with the options of the optimizer for them."""
@@ -107,7 +107,8 @@ def finetune(
         warmup: the share of all steps in which the learning rate rises.
         weight_decay: AdamW's, of matrices.
         freeze_embeddings: leave the embedding tables as they are.
-        teacher: what to imitate beside the task's own loss.
+        teacher: what to imitate beside the task's own loss; where weights are shared out, its are
+            too, and stay so.
         learner: what learns beside the model which of its units can go.
         evaluate: scores the model as it is, higher is better; the best weights are kept then.
         evaluations: how often that is done, at even distances.
@@ -125,17 +126,15 @@ def finetune(
     # An emptied attention or FFN leaves a norm that no loss reaches.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(cpu=device == "cpu", kwargs_handlers=[unused])
-    nn.Module.to(model, accelerator.device)
-    if teacher is not None:
-        nn.Module.to(teacher.model, accelerator.device).eval()
     total = max(1, math.ceil(epochs * math.ceil(len(windows) / batch_size)))
     looks = {math.ceil(total * at / evaluations) for at in range(1, evaluations + 1)}
     with _frozen(model, embeddings=freeze_embeddings):
-        state = _begin(model, learner, learning_rate, weight_decay)
-        parallel = accelerator.prepare(model)
+        trained = _spread(model, teacher, accelerator.device)
+        state = _begin(trained, learner, learning_rate, weight_decay)
+        parallel = accelerator.prepare(model) if trained is model else trained
         if checkpoint is not None and checkpoint.exists():
             state.resume(checkpoint)
-        clock = _Clock(save_seconds)
+        clock = Clock(save_seconds)
         bar = iter(track(range(total), "training", total))
         for step, chosen in enumerate(_order(windows, batch_size, total, seed)):
             next(bar, None)
@@ -144,103 +143,32 @@ def finetune(
             if _no_better(state.scores, patience):
                 break
             state.rate(_rate(step, total, warmup))
-            set_seed(seed + (step + 1) * accelerator.num_processes + accelerator.process_index)
+            set_seed(seed + step + 1)
             if learner is not None:
-                learner.begin(step / total)
-            mine, weight = _share([windows[at] for at in chosen], accelerator)
-            model.train()
-            inputs = _batch(mine, padding, accelerator.device)
-            _step(weight * loss(parallel, inputs, teacher), state, learner, accelerator)
+                learner.begin(step / total)  # all processes draw the same masks
+            if accelerator.num_processes > 1:  # and each its own dropout
+                own = (step + 1) * accelerator.num_processes + accelerator.process_index
+                set_seed(seed + own)
+            batch = [windows[at] for at in chosen]
+            mine = batch[accelerator.process_index :: accelerator.num_processes]
+            weights = _weights(model, mine, batch, accelerator.num_processes)
+            trained.train()
+            # All of them take every step, without a part in it as well.
+            inputs = _batch(mine or batch[:1], padding, accelerator.device)
+            found = loss(parallel, inputs, teacher, weights)
+            _step(found, model, state, learner, accelerator)
             if evaluate is not None and state.step in looks:
                 _look(model, evaluate, state, accelerator)
-            if checkpoint is not None and accelerator.is_main_process and clock.due():
+            if checkpoint is not None and state.saves(clock):
                 with clock:
                     state.save(checkpoint)
         for _ in bar:  # to its end, where training ended before
             pass
         state.take_best()
+        state.give(model)
     model.eval()
     kept = max(state.scores, key=lambda at: state.scores[at], default=state.step)
     return Trained(state.total_loss / state.step, kept, state.scores)
-
-
-@dataclass
-class _State:
-    """What changes from step to step: counters, and tensors by name, changed in place."""
-
-    tensors: dict[str, Tensor]
-    optimizer: torch.optim.Optimizer
-    named: dict[str, nn.Parameter]
-    step: int = 0
-    total_loss: float = 0.0
-    scores: dict[int, float] = field(default_factory=dict)
-    best: dict[str, Tensor] = field(default_factory=dict)
-
-    def rate(self, share: float) -> None:
-        """Set the learning rates to this share of the highest."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["highest"] * share
-
-    @torch.no_grad()
-    def take_best(self) -> None:
-        """Go back to the weights with the best score, if there were scores."""
-        for name, tensor in self.best.items():
-            self.tensors[name].copy_(tensor)
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, as a whole or not at all."""
-        tensors = {f"now.{name}": tensor for name, tensor in self.tensors.items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        for name, parameter in self.named.items():
-            for what, moment in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{what}.{name}"] = moment
-        counters = {"step": self.step, "total_loss": self.total_loss, "scores": self.scores}
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        text = json.dumps(counters)
-        digest = _digest(text, sorted(contiguous), contiguous.__getitem__)
-        save_file(contiguous, unfinished, metadata={"state": text, "sha256": digest})
-        unfinished.replace(path)
-
-    @torch.no_grad()
-    def resume(self, path: Path) -> None:
-        """Take up what `save` wrote, if that is what is there."""
-        if not _whole(path):
-            return
-        with safe_open(path, framework="pt") as stored:
-            counters = json.loads(stored.metadata()["state"])
-            self.step, self.total_loss = counters["step"], counters["total_loss"]
-            self.scores = {int(step): score for step, score in counters["scores"].items()}
-            for name in stored.keys():  # noqa: SIM118 - not a mapping
-                what, _, which = name.partition(".")
-                tensor = stored.get_tensor(name)
-                if what == "now":
-                    self.tensors[which].copy_(tensor)
-                elif what == "best":
-                    self.best[which] = tensor
-                else:
-                    parameter = self.named[which]
-                    self.optimizer.state[parameter][what] = tensor.to(parameter.device)
-
-
-def _digest(text: str, names: Sequence[str], tensor: Callable[[str], Tensor]) -> str:
-    """Return the sha256 of what a checkpoint holds."""
-    found = hashlib.sha256(text.encode())
-    for name in names:
-        found.update(name.encode())
-        found.update(tensor(name).cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def _whole(path: Path) -> bool:
-    """Return whether a checkpoint is what was written; a damaged one is as good as none."""
-    try:
-        with safe_open(path, framework="pt") as stored:
-            told = stored.metadata()
-            found = _digest(told["state"], sorted(stored.keys()), stored.get_tensor)
-            return bool(found == told["sha256"])
-    except (SafetensorError, KeyError, TypeError):
-        return False
 
 
 @contextmanager
@@ -257,7 +185,32 @@ def _frozen(model: PreTrainedModel, *, embeddings: bool) -> Iterator[None]:
             table.requires_grad_(True)  # noqa: FBT003
 
 
-def _step(found: Tensor, state: _State, learner: Learner | None, accelerator: Accelerator) -> None:
+def _spread(
+    model: PreTrainedModel, teacher: Teacher | None, device: torch.device
+) -> PreTrainedModel:
+    """Put model and teacher on the device, and return what trains: the model, or a copy in parts.
+
+    In parts nothing else could be done with it: it cannot be saved, nor scored by one process.
+    """
+    others = [] if teacher is None else [teacher.model.eval()]
+    if not processes.sharded():
+        for each in (model, *others):
+            nn.Module.to(each, device)
+        return model
+    nn.Module.to(model, "cpu")
+    copied = copy.deepcopy(model)
+    for each in (copied, *others):
+        sharding.share_out(each, device)
+    return copied
+
+
+def _step(
+    found: Tensor,
+    model: PreTrainedModel,
+    state: State,
+    learner: Learner | None,
+    accelerator: Accelerator,
+) -> None:
     """Go one step down from the loss that was found."""
     if learner is not None:
         found = found + learner.penalty()
@@ -268,10 +221,10 @@ def _step(found: Tensor, state: _State, learner: Learner | None, accelerator: Ac
         )
     accelerator.backward(found)
     if learner is not None:
-        _learn(learner, accelerator)
+        _learn(learner, model, state, accelerator)
     weights = [p for name, p in state.named.items() if not name.startswith(_LEARNER)]
-    norm = accelerator.clip_grad_norm_(weights, LARGEST_NORM)
-    if norm is not None and not torch.isfinite(norm):
+    norm = sharding.whole(accelerator.clip_grad_norm_(weights, LARGEST_NORM))
+    if not torch.isfinite(norm):
         raise TrainingError(
             f"finetune: found gradients of the norm {float(norm)} at step {state.step + 1},"
             " expected a number; lower the learning rate"
@@ -284,7 +237,7 @@ def _step(found: Tensor, state: _State, learner: Learner | None, accelerator: Ac
 
 def _begin(
     model: PreTrainedModel, learner: Learner | None, learning_rate: float, weight_decay: float
-) -> _State:
+) -> State:
     """Return the state before the first step; biases and norms do not decay."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     matrices = [parameter for parameter in named.values() if parameter.dim() > 1]
@@ -304,7 +257,7 @@ def _begin(
     for group in optimizer.param_groups:
         group["highest"] = group["lr"]
     trained = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)}
-    return _State(tensors, optimizer, trained)
+    return State(model, tensors, optimizer, trained)
 
 
 def _order(
@@ -329,15 +282,23 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return step / rising if step < rising else (total - step) / max(1, total - rising)
 
 
-def _share(batch: Sequence[Arrays], accelerator: Accelerator) -> tuple[Sequence[Arrays], float]:
-    """Return this process's part of a batch, and the weight of its mean in that of the batch.
+def _weights(
+    model: PreTrainedModel, mine: Sequence[Arrays], batch: Sequence[Arrays], processes: int
+) -> Weights:
+    """Return the weights of the means of a process's part of a batch."""
 
-    The weighted means of all processes, averaged, are the mean of the batch, of losses that are
-    means over windows; where they are means over tokens, a process with few of them counts more.
-    """
-    mine = batch[accelerator.process_index :: accelerator.num_processes]
-    weight = len(mine) * accelerator.num_processes / len(batch)
-    return mine or batch[:1], weight  # all of them take every step
+    def of(count: Callable[[Arrays], int]) -> float:
+        return processes * sum(map(count, mine)) / max(sum(map(count, batch)), 1)
+
+    windows = of(lambda _: 1)
+    read = of(lambda w: int(w["attention_mask"].sum())) if "attention_mask" in batch[0] else windows
+    if "labels" not in batch[0] or batch[0]["labels"].ndim == 0:
+        return Weights(windows, windows, read, windows)
+    labelled = of(lambda w: int((w["labels"] != IGNORED).sum()))
+    own = labelled
+    if model.can_generate() and not model.config.is_encoder_decoder:  # a token foretells the next
+        own = of(lambda w: int((w["labels"][1:] != IGNORED).sum()))
+    return Weights(own, labelled, read, labelled)
 
 
 def _batch(
@@ -347,21 +308,32 @@ def _batch(
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def _learn(learner: Learner, accelerator: Accelerator) -> None:
+def _learn(
+    learner: Learner, model: PreTrainedModel, state: State, accelerator: Accelerator
+) -> None:
     """Average the gradients of the learner over the processes, as those of the model are."""
     for group in learner.options():
         for parameter in group["params"]:
             if parameter.grad is not None:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    if learner.watches:
+        state.give(model, gradients=True)
     learner.see()
 
 
 def _look(
-    model: PreTrainedModel, evaluate: Callable[[], float], state: _State, accelerator: Accelerator
+    model: PreTrainedModel, evaluate: Callable[[], float], state: State, accelerator: Accelerator
 ) -> None:
     """Score the model, and keep its weights if they are the best so far."""
+    state.give(model)
     model.eval()
-    score = processes.agree(evaluate() if accelerator.is_main_process else 0.0)
+    score = 0.0
+    if accelerator.is_main_process:
+        at = model.device
+        nn.Module.to(model, accelerator.device)
+        score = evaluate()
+        nn.Module.to(model, at)
+    score = processes.agree(score)
     if not state.scores or score > max(state.scores.values()):
         state.best = {name: tensor.detach().clone() for name, tensor in state.tensors.items()}
     state.scores[state.step] = score
@@ -371,21 +343,3 @@ def _no_better(scores: Mapping[int, float], patience: int) -> bool:
     """Return whether the last `patience` scores are all below or at an earlier one."""
     found = list(scores.values())
     return len(found) > patience and max(found[-patience:]) <= max(found[:-patience])
-
-
-class _Clock:
-    """Says when a checkpoint is due: not too often, and a small part of the time in all."""
-
-    def __init__(self, least_seconds: float) -> None:
-        self._least = least_seconds
-        self._saved, self._cost = time.monotonic(), 0.0
-
-    def due(self) -> bool:
-        return time.monotonic() - self._saved > max(self._least, self._cost / SAVING)
-
-    def __enter__(self) -> None:
-        self._cost = -time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._saved = time.monotonic()
-        self._cost += self._saved

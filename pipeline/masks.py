@@ -35,6 +35,8 @@ class Movement:
     Lagunas et al. 2021, https://arxiv.org/abs/2109.04838
     """
 
+    watches: Final = True
+
     def __init__(self, groups: Sequence[Group], fractions: Mapping[Kind, float]) -> None:
         self._groups = [group for group in groups if fractions.get(group.kind)]
         self._sums = {
@@ -57,7 +59,8 @@ class Movement:
     def see(self) -> None:
         """Add this step's -dL/dW * W, of all parameters of each unit."""
         for group in self._groups:
-            self._sums[group.path] -= structure.by_unit(group, _gradient_times_weight).sum(1)
+            products = structure.by_unit(group, _gradient_times_weight).sum(1)
+            self._sums[group.path] -= products.to(self._sums[group.path].device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by module path."""
@@ -73,6 +76,8 @@ class Movement:
 
 class Masks:
     """Masks that are drawn anew in each step, and whose logits are trained with the model."""
+
+    watches: Final = False
 
     def __init__(
         self,

@@ -14,7 +14,24 @@ PATIENCE: Final = timedelta(days=30)
 
 
 def start(device: str) -> None:
-    """Meet the other processes, if there are any."""
+    """Meet the other processes, if there are any.
+
+    Raises:
+        Unavailable: FSDP is asked for in its first version.
+    """
+    if _fsdp():
+        version = os.environ.get("FSDP_VERSION", "1")
+        if version != "2":
+            from benchmarks.machine import Unavailable
+
+            raise Unavailable(
+                f"FSDP_VERSION: found {version}, expected 2; pass --fsdp_version 2 to accelerate"
+                " launch, or set it"
+            )
+        # Every process reads the whole model, as it does without.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        if count() == 1:
+            os.environ["ACCELERATE_USE_FSDP"] = "false"  # one has nothing to share
     if count() > 1:
         from accelerate import PartialState
 
@@ -29,6 +46,11 @@ def count() -> int:
 def beside() -> int:
     """Return the number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def sharded() -> bool:
+    """Return whether they share the weights out (FSDP), as accelerate is told."""
+    return count() > 1 and _fsdp()
 
 
 def leads() -> bool:
@@ -46,3 +68,7 @@ def agree(value: float) -> float:
 
     told = torch.tensor([value], dtype=torch.float64, device=PartialState().device)
     return float(broadcast(told))
+
+
+def _fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"

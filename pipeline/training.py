@@ -85,6 +85,7 @@ def key(work: Work, settings: Training, teacher: Artifact | None, turn: int = 0)
         "turn": turn,
         "device": work.recipe.target.device,
         "processes": processes.count(),
+        "sharded": processes.sharded(),
     }
 
 

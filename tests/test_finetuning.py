@@ -15,8 +15,8 @@ from benchmarks.accuracy import silent
 from benchmarks.examples import padding
 from benchmarks.tasks import TASKS
 from pipeline import masks, prune_heads, structure
-from pipeline.distillation import Teacher, distillation, hidden_distance, loss
-from pipeline.finetuning import TrainingError, _share, finetune
+from pipeline.distillation import Teacher, Weights, distillation, hidden_distance, loss
+from pipeline.finetuning import TrainingError, _weights, finetune
 
 ROWS = [{"text": text, "label": label, "id": "0" * 64} for text, label in sentences(200)]
 
@@ -149,19 +149,26 @@ def test_the_best_weights_are_kept_and_patience_ends_training(setting):
     assert torch.equal(setting[0].classifier.weight, seen[1])
 
 
-def test_processes_share_a_batch():
-    class Half:
-        num_processes = 2
+def test_means_of_processes_average_to_that_of_the_batch():
+    labels = [[1, -100, 2], [-100, 3], [4, 5, 6, 7], [8, 9], [-100, -100, 1]]
+    batch = [{"labels": np.array(of), "attention_mask": np.ones(len(of))} for of in labels]
+    classes = [{"labels": np.array(1), "attention_mask": np.ones(len(of))} for of in labels]
 
-        def __init__(self, index):
-            self.process_index = index
+    def weights(model, windows):
+        return [_weights(model, windows[at::2], windows, 2) for at in (0, 1)]
 
-    batch = list(range(5))
-    shares = [_share(batch, Half(at)) for at in (0, 1)]
-    assert [x for part, _ in shares for x in part] == [0, 2, 4, 1, 3]
-    # The average over processes of the weighted means is the mean of the batch.
-    assert sum(weight * sum(part) / len(part) for part, weight in shares) / 2 == sum(batch) / 5
-    assert _share([7], Half(1)) == ([7], 0)
+    tagger, writer, classifier = tiny("bert-tokens"), tiny("llama"), tiny("bert")
+    assert weights(tagger, batch) == [
+        Weights(own=2 * n / 10, logits=2 * n / 10, tokens=2 * m / 14, targets=2 * n / 10)
+        for n, m in ((7, 10), (3, 4))
+    ]
+    # The first token of a text is foretold by none.
+    assert [each.own for each in weights(writer, batch)] == [2 * 5 / 7, 2 * 2 / 7]
+    assert weights(classifier, classes) == [
+        Weights(own=2 * n / 5, logits=2 * n / 5, tokens=2 * m / 14, targets=2 * n / 5)
+        for n, m in ((3, 10), (2, 4))
+    ]
+    assert _weights(classifier, [], classes[:1], 2) == Weights(0, 0, 0, 0)
 
 
 def test_distillation_is_the_scaled_divergence():

@@ -149,7 +149,19 @@ def test_choosing_needs_a_selection_split(tmp_path, key):
         Recipe.from_yaml(path)
 
 
-def test_two_processes_train_to_the_weights_of_one(tmp_path):
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node=2", "--master-port"]
+ACCELERATE = ["accelerate.commands.launch", "--num_processes=2", "--use_fsdp", "--fsdp_version=2",
+              "--main_process_port"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        pytest.param(TORCHRUN, id="torchrun"),
+        pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_to_the_weights_of_one(tmp_path, launch):
     path = write_recipe(tmp_path)
     content = yaml.safe_load(path.read_text())
     config = tmp_path / "model" / "config.json"
@@ -169,8 +181,7 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-               f"--master-port={port}", "-m", "pipeline", "run", path,
+    command = [sys.executable, "-m", *launch, port, "-m", "pipeline", "run", path,
                "--output", tmp_path / "both"]  # fmt: skip
     both = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False,
