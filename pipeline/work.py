@@ -53,22 +53,26 @@ _WITHOUT_EFFECT: Final = frozenset(
         "cells.py",
         "ci.py",
         "cli.py",
+        "collection.py",
         "comparison.py",
         "conversion.py",
         "doctor.py",
         "drawing.py",
         "evidence.py",
         "exact.py",
+        "executors.py",
         "gate.py",
         "hub.py",
         "infer.py",
         "intervals.py",
         "inventory.py",
         "judging.py",
+        "leash.py",
         "ledger.py",
         "markup.py",
         "mistakes.py",
         "page.py",
+        "planning.py",
         "plots.py",
         "power.py",
         "quality.py",
@@ -76,9 +80,12 @@ _WITHOUT_EFFECT: Final = frozenset(
         "recipe.py",
         "register_secateur.py",
         "report.py",
+        "reservation.py",
         "runner.py",
         "signing.py",
         "statuses.py",
+        "sweep.py",
+        "sweeping.py",
         "tables.py",
         "terminal.py",
         "timed_generation.py",
@@ -103,7 +110,15 @@ class Artifact:
 class Work:
     """What the steps of one run share: recipe, data, processor, store."""
 
-    def __init__(self, recipe: Recipe, output: Path, *, fresh: bool, track: Track) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        *,
+        fresh: bool,
+        track: Track,
+        store: Path | None = None,
+    ) -> None:
         self.recipe = recipe
         self.track = track
         self.task = TASKS[recipe.task.kind]
@@ -146,7 +161,10 @@ class Work:
         self._examples: dict[str, list[Example]] = {}
         # Encoding the gate split first says early if a label is not known.
         self.examples("gate")
-        self.store = Store(output / "stages", fresh=fresh)
+        if store is None:
+            self.store = Store(output / "stages", fresh=fresh)
+        else:
+            self.store = Store(store, fresh=fresh, user=output.name)
 
     def examples(self, split: str) -> list[Example]:
         """Return a split as the model sees it."""
