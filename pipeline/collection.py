@@ -104,8 +104,8 @@ def _notes(reports: Sequence[Json]) -> list[str]:
     return notes
 
 
-def table(joined: Json) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of the runs that are done."""
+def table(joined: Json, *, intervals: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the runs that are done, with intervals or without."""
     runs = joined["runs"]
     places = list(dict.fromkeys(place for run in runs for place in run["picked"]))
     loads = list(runs[0]["speedups"]) if runs else []
@@ -117,10 +117,13 @@ def table(joined: Json) -> tuple[list[str], list[list[str]]]:
             Path(run["folder"]).name,
             *(run["picked"].get(place, "-") for place in places),
             f"{run['score']:.4f}",
-            _lost(run["loss"]),
+            _figure(run["loss"], "estimate", "{:.4f}", intervals=intervals),
             f"{run['size_bytes'] / 1e6:.2f}",
             f"{run['size_ratio']:.3f}",
-            *(_ratio(run["speedups"][load]) for load in loads),
+            *(
+                _figure(run["speedups"].get(load), "value", "{:.2f}", intervals=intervals)
+                for load in loads
+            ),
             run["outcome"],
         ]
         for run in runs
@@ -144,9 +147,9 @@ def markdown(joined: Json) -> str:
     return "\n".join([*lines, *(f"{note}.\n" for note in joined["notes"])])
 
 
-def _lost(loss: Json | None) -> str:
-    return "-" if loss is None else "{estimate:.4f} ({low:.4f} to {high:.4f})".format(**loss)
-
-
-def _ratio(ratio: Json) -> str:
-    return "{value:.2f} ({low:.2f}-{high:.2f})".format(**ratio)
+def _figure(found: Json | None, name: str, pattern: str, *, intervals: bool) -> str:
+    """Return a figure, and its interval if that is wanted."""
+    if found is None:
+        return "-"
+    value, low, high = (pattern.format(found[key]) for key in (name, "low", "high"))
+    return f"{value} ({low} to {high})" if intervals else value

@@ -22,6 +22,12 @@ from pipeline.sweep import LOG, Member
 
 RETRIES: Final = 2
 """How often a run is started again whose process was killed."""
+_QUIET: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # else it reports to its makers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that this will be its default
+    "RAY_worker_niceness": "0",  # else whatever else runs there comes before a benchmark
+}
+"""Settings of a cluster that is started here."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,8 @@ def on_ray(runs: Sequence[Member], address: str | None) -> Generator[Ended, None
         MissingDependency: Ray is not installed.
         Unavailable: there is no such cluster, or none of its machines has so many cores or a GPU.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of its change
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         ray: Any = import_module("ray")
     except ImportError:
@@ -147,17 +153,20 @@ def _once(run: Member) -> Ended:
 
 def _start(run: Member) -> subprocess.Popen[bytes]:
     """Start the process of a run, which ends with this thread."""
-    python = [sys.executable, "-m"]
-    command = ["pipeline", "sweep", "run", str(run.folder.parent), "--index", str(run.index)]
     run.folder.mkdir(exist_ok=True)
     with (run.folder / LOG).open("wb") as log:
         return subprocess.Popen(  # noqa: S603 - our own modules, no shell
-            [*python, "pipeline.leash", str(os.getpid()), *python, *command],
+            [sys.executable, "-m", "pipeline.leash", str(os.getpid()), *_command(run)],
             cwd=Path(__file__).parents[1],  # `-m` looks there first: for us, not for a namesake
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+
+
+def _command(run: Member) -> list[str]:
+    command = ["sweep", "run", str(run.folder.parent), "--index", str(run.index)]
+    return [sys.executable, "-m", "pipeline", *command]
 
 
 def _last_words(run: Member) -> str:

@@ -145,7 +145,7 @@ def collect(options: argparse.Namespace, silence: Silence) -> int:
         folder: Path = options.folder.resolve()
         joined = collect(folder)
         if joined["runs"]:
-            show_table(*table(joined))
+            show_table(*table(joined, intervals=False))
         _show(joined["notes"])
         out.print(f"joined: {escape(str(folder / 'sweep.md'))}", soft_wrap=True)
         missing = missing_lines(joined)
