@@ -140,7 +140,7 @@ def markdown(joined: Json) -> str:
     count, lost = len(joined["runs"]), missing_lines(joined)
     lines = [f"# Sweep: {count} of {count + len(lost)} runs", ""]
     if lost:
-        lines += [f"**{len(lost)} runs are not in this table:**", ""]
+        lines += ["**Not in this table:**", ""]
         lines += [*(f"- {line}" for line in lost), ""]
     if count:
         lines += [markdown_table(*table(joined)), ""]

@@ -6,6 +6,7 @@ its own is told, and the others go on. Nothing is left running when the driver e
 """
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
@@ -15,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from benchmarks.machine import Unavailable
 from exporters import MissingDependency
@@ -22,6 +24,7 @@ from pipeline.sweep import LOG, Member
 
 RETRIES: Final = 2
 """How often a run is started again whose process was killed."""
+CONNECT_SECONDS: Final = 10.0
 _QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",  # else it reports to its makers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else it warns that this will be its default
@@ -100,13 +103,14 @@ def on_ray(runs: Sequence[Member], address: str | None) -> Generator[Ended, None
     target = runs[0].recipe["target"]
     asked = {"CPU": target["threads"], "GPU": int(target["device"] == "cuda")}
     try:
+        _knock(address)
         ray.init(
             address or "local",
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level="ERROR",
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise Unavailable(f"--address: found no Ray cluster at {address}: {error}") from None
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -128,6 +132,18 @@ def on_ray(runs: Sequence[Member], address: str | None) -> Generator[Ended, None
             yield _gathered(ray, done, waiting.pop(done))
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Try to reach a cluster: where nothing answers, Ray waits for minutes, and ends the process.
+
+    Raises:
+        OSError: there is nothing at the address.
+        ValueError: it is none.
+    """
+    parts = urlsplit(address if address and "//" in address else f"//{address or ''}")
+    if parts.hostname and parts.port:
+        socket.create_connection((parts.hostname, parts.port), CONNECT_SECONDS).close()
 
 
 def _gathered(ray: Any, task: Any, run: Member) -> Ended:

@@ -83,9 +83,9 @@ def test_what_is_dedicated_has_the_machine_for_itself(other):
     waiting = other()
     waiting.stdout.readline()
     told = []
-    with pytest.raises(KeyboardInterrupt):
-        with reserved(1, "cpu", dedicated=True, waits=lambda: told.append(1) or interrupt()):
-            pytest.fail("another run has a core")
+    everything = reserved(1, "cpu", dedicated=True, waits=lambda: told.append(1) or interrupt())
+    with pytest.raises(KeyboardInterrupt), everything:
+        pytest.fail("another run has a core")
     assert told == [1]
 
 

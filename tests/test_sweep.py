@@ -139,7 +139,7 @@ def test_which_run_it_is_says_the_option_or_the_scheduler(planned, tmp_path):
 def test_a_changed_plan_and_a_changed_recipe_are_refused(planned, tmp_path):
     path = planned[0].folder / "recipe.yaml"
     path.write_text(path.read_text().replace("0.25", "0.3"))
-    with pytest.raises(RecipeError, match="000/recipe.yaml: found another recipe than the plan's"):
+    with pytest.raises(RecipeError, match=r"000/recipe.yaml: found another recipe than the plan's"):
         planning.carry_out(planned[0], lambda items, *_: items)
     plan = tmp_path / "sweep" / "plan.json"
     plan.write_text(plan.read_text().replace("0.25", "0.3"))
@@ -207,11 +207,11 @@ def test_no_run_is_left_out_in_silence(planned, tmp_path, lose):
     found = secateur("sweep", "collect", tmp_path / "sweep")
     assert found.returncode == 5
     assert "found 3 of 4 runs, expected all" in found.stderr
-    assert f"sweep/002: {LOSSES[lose]}: found" in found.stderr or "002" in found.stderr
+    assert f"sweep/002: {LOSSES[lose]}: " in found.stderr
     joined = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
     assert [run["index"] for run in joined["runs"]] == [0, 1, 3]
     assert [(m["index"], m["state"]) for m in joined["missing"]] == [(2, LOSSES[lose])]
-    assert "**1 runs are not in this table:**" in (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "**Not in this table:**" in (tmp_path / "sweep" / "sweep.md").read_text()
 
 
 def test_runs_of_other_data_are_not_joined(planned, tmp_path):
