@@ -111,7 +111,10 @@ def on_ray(runs: Sequence[Member], address: str | None) -> Generator[Ended, None
             logging_level="ERROR",
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise Unavailable(f"--address: found no Ray cluster at {address}: {error}") from None
+        where = f"--address: found no Ray cluster at {address}"
+        raise Unavailable(
+            f"{where if address else '--executor ray: found none that starts here'}: {error}"
+        ) from None
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(all(node.get(k, 0) >= n for k, n in asked.items()) for node in nodes):
