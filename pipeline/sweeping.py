@@ -7,6 +7,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -51,9 +52,11 @@ def plan(options: argparse.Namespace, silence: Silence) -> int:
 def run(options: argparse.Namespace, silence: Silence) -> int:
     """Do one run of a sweep, or all."""
     where = f"sweep run {options.folder}"
-    if options.executor is None:
-        return lightly(lambda: _one(options, silence), where)
-    return lightly(lambda: _all(options), where)
+    act = partial(_one, options, silence) if options.executor is None else partial(_all, options)
+    try:
+        return lightly(act, where)
+    except KeyboardInterrupt:
+        return say(INTERRUPTED, "interrupted; run the same command again to go on")
 
 
 def _one(options: argparse.Namespace, silence: Silence) -> int:
@@ -112,12 +115,8 @@ def _all(options: argparse.Namespace) -> int:
         ending = executors.local(left, options.slots or 1)
     else:
         ending = executors.on_ray(left, options.address)
-    try:
-        with progress() as bars, closing(ending):
-            statuses = [_ended(runs, ended) for ended in Bars(bars)(ending, "runs", len(left))]
-    except KeyboardInterrupt:
-        return say(INTERRUPTED, "interrupted; run the same command again to go on")
-    return max(statuses)
+    with progress() as bars, closing(ending):
+        return max(_ended(runs, ended) for ended in Bars(bars)(ending, "runs", len(left)))
 
 
 def _ended(runs: Sequence["Member"], ended: "Ended") -> int:

@@ -206,7 +206,7 @@ def swept(planned):
 def test_what_runs_share_is_made_once(swept):
     assert secateur("sweep", "collect", swept).returncode == 0
     count = {name: len(list((swept / "stages").glob(f"{name}-*"))) for name in ARTIFACTS}
-    assert count == {"original": 1, "finetune": 1, "prune": 2, "quantize": 2, "onnx": 3}
+    assert count == {"original": 1, "finetune": 1, "prune": 2, "quantize": 2, "onnx": 4}
     listed = secateur("store", swept)
     assert "0.0 MB that --prune frees" in listed.stdout
 
