@@ -268,6 +268,27 @@ def test_killed_runs_and_a_killed_driver_change_nothing(swept, planned, executor
     assert digests(folder) == digests(swept)
 
 
+INTERRUPTIBLE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from pipeline.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_an_interrupt_of_the_command_is_one_line(tmp_path):
+    write_plan(tmp_path)
+    folder = tmp_path / "sweep"
+    command = [sys.executable, "-c", INTERRUPTIBLE, "sweep", "run", folder, "--executor", "local"]
+    driver = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(folder, "000/run.log", driver)
+    driver.send_signal(signal.SIGINT)
+    _, stderr = driver.communicate()
+    assert driver.returncode == 130
+    assert stderr.splitlines()[-1].startswith("secateur: interrupted; run the same command again")
+    assert member_pids(folder) == []
+
+
 @with_ray
 def test_a_cluster_that_is_not_there_is_told(tmp_path):
     write_plan(tmp_path)
