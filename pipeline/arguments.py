@@ -64,7 +64,11 @@ def parser() -> argparse.ArgumentParser:
     )
     store = commands.add_parser("store", help="what the stores of runs hold, and what is not used")
     store.add_argument(
-        "folders", type=Path, nargs="*", metavar="FOLDER", help="of runs; default: all below runs/"
+        "folders",
+        type=Path,
+        nargs="*",
+        metavar="FOLDER",
+        help="of runs; default: all below runs/ and sweeps/",
     )
     store.add_argument("--prune", action="store_true", help="remove what the last run does not use")
     gate = commands.add_parser(
@@ -103,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
     )
     rebuild.add_argument("folder", type=Path, metavar="FOLDER")
     commands.add_parser("doctor", help="what this machine can run")
+    _sweep_arguments(commands.add_parser("sweep", help="all recipes that one with choices is for"))
     return found
 
 
@@ -161,6 +166,32 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--loadgen", action="store_true", help="let MLCommons' LoadGen measure it once more"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+
+
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    acts = parser.add_subparsers(required=True, metavar="ACT", dest="act")
+    plan = acts.add_parser("plan", help="write every recipe of the grid, checked")
+    plan.add_argument("recipe", type=Path, metavar="RECIPE")
+    plan.add_argument("--output", type=Path, metavar="FOLDER", help="default: sweeps/<recipe>")
+    run = acts.add_parser("run", help="do one of the runs, or all; what is done is not done again")
+    run.add_argument("folder", type=Path, metavar="FOLDER")
+    which = run.add_mutually_exclusive_group()
+    which.add_argument(
+        "--index",
+        type=int,
+        metavar="I",
+        help="default: $SLURM_ARRAY_TASK_ID or $JOB_COMPLETION_INDEX; ends with 0 whatever the"
+        " verdict",
+    )
+    which.add_argument(
+        "--executor", choices=["local", "ray"], help="all: on this machine, or on a Ray cluster"
+    )
+    run.add_argument(
+        "--slots", type=_count, metavar="N", help="local: runs at once, each on cores of its own"
+    )
+    run.add_argument("--address", help="ray: of the cluster; default: one of this machine alone")
+    collect = acts.add_parser("collect", help="join the runs, and name those that are missing")
+    collect.add_argument("folder", type=Path, metavar="FOLDER")
 
 
 def _count(text: str) -> int:

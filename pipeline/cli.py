@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     """Do what the arguments say, and exit."""
     options = arguments.parser().parse_args(words)
     command = COMMANDS[options.command]
-    if command in {_verify, _gate, _compare, _sign, _store}:
+    if command in {_verify, _gate, _compare, _sign, _store, _sweep}:
         sys.exit(command(options))  # where it is done there may be no torch
     _silence()
     sys.exit(guarded(lambda: command(options)))
@@ -273,7 +273,7 @@ def _store(options: argparse.Namespace) -> int:
 
     def act() -> int:
         folders = options.folders or sorted(
-            path.parent for path in Path("runs").glob(f"*/{STAGES}")
+            path.parent for root in ("runs", "sweeps") for path in Path(root).glob(f"*/{STAGES}")
         )
         for folder in folders:
             found = prune(folder) if options.prune else items(folder)
@@ -288,6 +288,12 @@ def _store(options: argparse.Namespace) -> int:
         return 0
 
     return lightly(act, "store")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from pipeline import sweeping
+
+    return sweeping.ACTS[options.act](options, _silence)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -393,4 +399,5 @@ COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "compare": _compare,
     "rebuild": _rebuild,
     "doctor": _doctor,
+    "sweep": _sweep,
 }

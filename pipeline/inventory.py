@@ -1,7 +1,8 @@
 """What a run's store holds, and what of it can go: entries not in use, and what was left behind.
 
 In use is what the last finished run asked for, and what those after it did, which were killed or go
-on: with these the next run has the least to do. Nothing is removed while a run is there.
+on: with these the next run has the least to do. The runs of a sweep share a store, and what any of
+them asked for is in use. Nothing is removed while a run is there.
 """
 
 import fcntl
@@ -85,9 +86,9 @@ def _root(run: Path) -> Path:
 
 
 def _used(root: Path) -> set[str]:
-    """Return the names of the entries that were asked for."""
-    notes = [root / HIDDEN / name for name in (USED, SINCE)]
-    texts = [note.read_text(encoding="utf-8") for note in notes if note.is_file()]
+    """Return the names of the entries that were asked for, by any of the runs that share them."""
+    notes = [note for name in (USED, SINCE) for note in (root / HIDDEN).glob(f"{name}*")]
+    texts = [note.read_text(encoding="utf-8") for note in notes]
     return {name for text in texts for name in text.splitlines()}
 
 

@@ -44,6 +44,7 @@ def run(
     output: str | Path | None = None,
     *,
     fresh: bool = False,
+    store: str | Path | None = None,
     track: Track = silent,
 ) -> Report:
     """Run a recipe, and return its report.
@@ -58,6 +59,7 @@ def run(
         recipe: a recipe, or the path of one.
         output: the folder for everything that is written.
         fresh: do every step again, whatever the store holds.
+        store: a folder in place of `stages/`, which runs with outputs of other names may share.
         track: shows progress.
 
     Raises:
@@ -74,7 +76,8 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
     check_target(recipe)
-    work = Work(recipe, output, fresh=fresh, track=track)
+    shared = None if store is None else Path(store)
+    work = Work(recipe, output, fresh=fresh, track=track, store=shared)
     if recipe.budget.regression is not None:  # that it is there is known before the first step
         judging.read(judging.report_path(Path(recipe.budget.regression.report)))
     artifacts = compress(work)[recipe.baseline_at :]

@@ -27,7 +27,7 @@ HIDDEN: Final = ".store"
 """Locks, unfinished and set-aside entries lie here, beside the entries."""
 USED, SINCE = "used", "since"
 """Files with the names of entries, one a line: what the last finished run asked for, and what those
-after it did, which were killed or go on."""
+after it did, which were killed or go on. Of a store that is shared, each run has its own."""
 KEPT: Final = ".kept"
 IN_USE: Final = "in-use"
 """A file that is locked by whoever uses the store: shared by runs, alone by who prunes it."""
@@ -47,11 +47,17 @@ class NotMade(RuntimeError):
 
 
 class Store:
-    """A folder of entries; a fresh one makes each of them again, once."""
+    """A folder of entries; a fresh one makes each of them again, once.
 
-    def __init__(self, root: Path, *, fresh: bool = False) -> None:
+    Where several runs share it, each is a `user` with a name of its own: what one does not ask for
+    may be another's.
+    """
+
+    def __init__(self, root: Path, *, fresh: bool = False, user: str = "") -> None:
         self._root = root
         self._fresh = fresh
+        own = f"-{user}" if user else ""
+        self._used, self._since = (root / HIDDEN / f"{note}{own}" for note in (USED, SINCE))
         self._made: set[str] = set()
         self._asked: set[str] = set()
         for name in ("locks", "unfinished", "bad"):
@@ -128,13 +134,13 @@ class Store:
 
     def finish(self) -> None:
         """Note that the run has ended: what it did not ask for is not in use any more."""
-        write_text(self._root / HIDDEN / USED, "".join(f"{name}\n" for name in sorted(self._asked)))
-        (self._root / HIDDEN / SINCE).unlink(missing_ok=True)
+        write_text(self._used, "".join(f"{name}\n" for name in sorted(self._asked)))
+        self._since.unlink(missing_ok=True)
 
     def _note(self, label: str) -> None:
         if label not in self._asked:
             self._asked.add(label)
-            with (self._root / HIDDEN / SINCE).open("a", encoding="utf-8") as file:
+            with self._since.open("a", encoding="utf-8") as file:
                 file.write(f"{label}\n")
 
     def _sweep(self) -> None:

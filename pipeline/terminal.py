@@ -40,7 +40,7 @@ def show_report(text: str, folder: Path) -> None:
 
     report = json.loads(text)
     out.print()
-    _show_table(*table(report, intervals=False))
+    show_table(*table(report, intervals=False))
     for stage in report["stages"]:
         if lines := notes(stage):
             out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
@@ -117,7 +117,7 @@ def show_comparison(found: "Comparison", names: tuple[str, str]) -> None:
     if not found.differences:
         out.print("the same recipe, data, machine and versions")
     out.print()
-    _show_table(found.header, found.rows)
+    show_table(found.header, found.rows)
     out.print("\nthe result of b against that of a")
     for line in results(found):
         out.print(f"  {escape(line)}", soft_wrap=True)
@@ -125,7 +125,7 @@ def show_comparison(found: "Comparison", names: tuple[str, str]) -> None:
         out.print(f"[yellow]{escape(line)}[/]", soft_wrap=True)
 
 
-def _show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def show_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Show a table whose first column is a name, and the others numbers."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     shown.add_column(header[0], no_wrap=True)
@@ -286,7 +286,7 @@ def show_bench(found: Mapping[str, Any]) -> None:
     from pipeline.report import BUSY
 
     artifacts = found["artifacts"]
-    _show_table(
+    show_table(
         ("artifact", "runtime", "MB", "parameters", "load s", "first ms", "peak MB"),
         [
             (
@@ -316,7 +316,7 @@ def show_bench(found: Mapping[str, Any]) -> None:
                 if any(_cell(columns, name, result) is not None for _, result in results)
             ]
             if there:
-                _show_table(
+                show_table(
                     ("artifact", *there),
                     [
                         (name, *(_cell(columns, each, result) or "-" for each in there))

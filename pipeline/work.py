@@ -54,12 +54,14 @@ _WITHOUT_EFFECT: Final = frozenset(
         "cells.py",
         "ci.py",
         "cli.py",
+        "collection.py",
         "comparison.py",
         "conversion.py",
         "doctor.py",
         "drawing.py",
         "evidence.py",
         "exact.py",
+        "executors.py",
         "front.py",
         "gate.py",
         "hub.py",
@@ -67,10 +69,12 @@ _WITHOUT_EFFECT: Final = frozenset(
         "intervals.py",
         "inventory.py",
         "judging.py",
+        "leash.py",
         "ledger.py",
         "markup.py",
         "mistakes.py",
         "page.py",
+        "planning.py",
         "plots.py",
         "power.py",
         "proposals.py",
@@ -79,6 +83,7 @@ _WITHOUT_EFFECT: Final = frozenset(
         "recipe.py",
         "register_secateur.py",
         "report.py",
+        "reservation.py",
         "runner.py",
         "search.py",
         "search_page.py",
@@ -86,10 +91,11 @@ _WITHOUT_EFFECT: Final = frozenset(
         "signing.py",
         "space.py",
         "statuses.py",
+        "sweep.py",
+        "sweeping.py",
         "tables.py",
         "terminal.py",
         "timed_generation.py",
-        "trials.py",
         "turns.py",
         "verification.py",
     }
@@ -111,7 +117,15 @@ class Artifact:
 class Work:
     """What the steps of one run share: recipe, data, processor, store."""
 
-    def __init__(self, recipe: Recipe, output: Path, *, fresh: bool, track: Track) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        *,
+        fresh: bool,
+        track: Track,
+        store: Path | None = None,
+    ) -> None:
         self.recipe = recipe
         self.track = track
         self.task = TASKS[recipe.task.kind]
@@ -154,7 +168,10 @@ class Work:
         self._examples: dict[str, list[Example]] = {}
         # Encoding the gate split first says early if a label is not known.
         self.examples("gate")
-        self.store = Store(output / "stages", fresh=fresh)
+        if store is None:
+            self.store = Store(output / "stages", fresh=fresh)
+        else:
+            self.store = Store(store, fresh=fresh, user=output.name)
 
     def of(self, recipe: Recipe) -> "Work":
         """Return the same for a recipe that differs in its steps alone.

@@ -52,6 +52,24 @@ def test_a_run_that_was_killed_takes_nothing_out_of_use(tmp_path):
     assert states(items(tmp_path)) == {"a": "not used", "b": "not used", "c": "in use"}
 
 
+def test_what_one_of_several_runs_does_not_ask_for_may_be_anothers(tmp_path):
+    """The runs of a sweep share a store; one that ends says nothing of the others."""
+    for user, names in (("000", "ab"), ("001", "bc"), ("002", "d")):
+        store = Store(tmp_path / "stages", user=user)
+        for name in names:
+            store.get(name, {}, write(b"x"))
+        if user != "002":  # which was killed
+            store.finish()
+    again = Store(tmp_path / "stages", user="000")
+    again.get("b", {}, write(b"x"))
+    again.finish()
+    del store, again
+    assert states(items(tmp_path)) == {
+        "a": "not used", "b": "in use", "c": "in use", "d": "in use",
+    }  # fmt: skip
+    assert [item.path.name[0] for item in prune(tmp_path)] == ["a"]
+
+
 def littered(folder):
     """Return a store with one item of every state, by what it is."""
     unused, damaged = run(folder, "unused", "damaged")
