@@ -1,16 +1,17 @@
 """What models cost on the target: milliseconds in its runtime, multiply-adds, parameters."""
 
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from benchmarks import speed
 from exporters import onnx
-from pipeline import checkpoint, counting, measuring
+from pipeline import checkpoint, counting, measuring, processes
 from pipeline.costs import Variants
 from pipeline.measuring import Bench, Target
 from pipeline.work import Work
@@ -66,24 +67,25 @@ def multiply_adds(models: Variants, *, sequence: int) -> dict[str, float]:
         raise Uncountable(f"found a model that cannot be counted: {error}") from error
 
 
-def latency_ms(models: Variants, *, work: Work, load: int) -> dict[str, float]:
+def latency_ms(models: Variants, *, work: Work, load: int, first: str) -> dict[str, float]:
     """Return the median latency of a load in the target's runtime.
 
-    The first model is timed again beside some of the others at a time, and theirs are put in
-    proportion to it, so that a machine that changes its pace in between does no harm.
+    The first model, whose artifact has the digest `first`, is timed again beside some of the others
+    at a time, and theirs are put in proportion to it, so that a machine that changes its pace in
+    between does no harm. As written for the runtime it is kept for the next prices.
     """
     target = bench(work)
     inputs = measuring.loads(target)[load : load + 1]
     with tempfile.TemporaryDirectory(prefix="secateur-") as root:
-        folders: dict[str, Path] = {}
-        for at, name in enumerate(work.track(list(models), "exporting levels", len(models))):
+        reference, *others = models
+        folders = {reference: _kept(work, models[reference], first, Path(root, "reference"))}
+        for at, name in enumerate(work.track(others, "exporting levels", len(others))):
             folders[name] = Path(root, str(at))
             _write(work, models[name](), folders[name])
-        first, *others = folders
         found: dict[str, float] = {}
         starts = range(0, len(others), BESIDE)
         for start in work.track(starts, "timing levels", len(starts)):
-            names = [first, *others[start : start + BESIDE]]
+            names = [reference, *others[start : start + BESIDE]]
             with ExitStack() as stack:
                 workers = {
                     name: stack.enter_context(measuring.open_worker(target, folders[name]))
@@ -91,10 +93,24 @@ def latency_ms(models: Variants, *, work: Work, load: int) -> dict[str, float]:
                 }
                 timed = speed.compare(workers, inputs, rounds=ROUNDS, seconds=SECONDS)
             medians = {name: float(np.median(np.concatenate(timed[name][0]))) for name in names}
-            found.setdefault(first, medians[first])
+            found.setdefault(reference, medians[reference])
             for name in names[1:]:
-                found[name] = found[first] * medians[name] / medians[first]
+                found[name] = found[reference] * medians[name] / medians[reference]
     return found
+
+
+def _kept(work: Work, model: Callable[[], PreTrainedModel], digest: str, otherwise: Path) -> Path:
+    """Return the folder of a model as written for the runtime, now or before."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        _write(work, model(), folder)
+        return {}
+
+    if processes.count() > 1:  # they do not meet inside of what the first one makes
+        make(otherwise)
+        return otherwise
+    key = {"input": digest, "runtime": [work.recipe.target.runtime, work.recipe.target.device]}
+    return work.make("reference", key, make).folder
 
 
 def _write(work: Work, model: PreTrainedModel, folder: Path) -> None:

@@ -99,7 +99,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
     if goal.multiply_adds:
         price = partial(prices.multiply_adds, sequence=load.sequence)
     elif goal.speedup or goal.latency_ms:
-        price = partial(prices.latency_ms, work=work, load=goal.load)
+        price = partial(prices.latency_ms, work=work, load=goal.load, first=before.entry.digest)
 
     def priced(models: costs.Variants) -> dict[str, float]:
         if processes.count() > 1:  # they do not meet inside of what the first one makes
