@@ -225,7 +225,7 @@ def walk(
     """Yield each block's path, its groups, and their readers' second moments, the block loaded.
 
     The moments are those of the whole model as it lies in the files, whatever is done to a block
-    that was yielded. Without data there are none.
+    that was yielded, and are gone when the next one is. Without data there are none.
 
     Args:
         blocks: the model.
@@ -251,6 +251,7 @@ def walk(
                 readers = {group.path: group.reader for group in own}
                 seen = calibration.moments_of(_through(block, at, kept, given), readers, data())
             yield path, own, seen
+            seen.clear()  # whoever was given it may still hold it
 
 
 def _through(

@@ -7,6 +7,7 @@ block in fp32, its second moments, and a batch's activations within it, or the l
 that runs before the blocks (the embedding table).
 """
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -100,6 +101,7 @@ def prune_by_blocks(
         pruning.refuse_repair(groups, repair)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    _return_what_is_freed()
     choices: list[Choice] = []
 
     def make(unfinished: Path) -> None:
@@ -127,6 +129,17 @@ def prune_by_blocks(
 
     publish(make, folder, {"source": str(source), "step": "prune"})
     return choices[0]
+
+
+def _return_what_is_freed() -> None:
+    """Have the C library give large pieces of memory back to the system when they are freed.
+
+    By itself glibc learns to keep them, and the holes between them add up from block to block
+    (`M_MMAP_THRESHOLD` in mallopt(3): given a value, it stays).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(-3, 1 << 20)
 
 
 def _check(
@@ -176,7 +189,7 @@ def _planned(
     source: Path, groups: Iterable[Group], lowest: Mapping[str, Tensor]
 ) -> PreTrainedModel:
     """Return the cut model without weights: what shapes its tensors will have, and its record."""
-    planned = checkpoint.skeleton(source)
+    planned = checkpoint.without_weights(source)
     there = {(g.path, g.kind): g for g in structure.groups(planned)}
     for group in groups:
         if len(lowest[group.path]):

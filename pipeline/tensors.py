@@ -35,7 +35,7 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {
 }
 NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 SINGLE: Final = "model.safetensors"
-SHARD: Final = "50GB"
+SHARD_BYTES: Final = 50 * 10**9
 """The most that goes into one file, as the library has it."""
 CHUNK_BYTES: Final = 1 << 24
 """What is copied unchanged is copied so much at a time."""
@@ -43,8 +43,9 @@ CHUNK_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies: its file, the first of its bytes, and what they are."""
+    """Where a tensor lies: its name and file, the first of its bytes, and what they are."""
 
+    name: str
     path: Path
     start: int
     dtype: torch.dtype
@@ -97,7 +98,8 @@ def header(path: Path) -> dict[str, Place]:
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"found {name} of type {entry['dtype']}, expected {sorted(DTYPES)}")
         begin, end = entry["data_offsets"]
-        place = Place(path, 8 + length + begin, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        kind, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+        place = Place(name, path, 8 + length + begin, kind, shape)
         if end - begin != place.size_bytes or not 0 <= begin <= end <= size - 8 - length:
             raise ValueError(f"found {name} at bytes {begin} to {end}, expected it in the file")
         found[name] = place
@@ -129,9 +131,13 @@ def chunks(place: Place, most: int = CHUNK_BYTES, *, finite: bool = True) -> Ite
             part = torch.empty(min(most, end - at) // place.dtype.itemsize, dtype=place.dtype)
             at += part.nbytes
             if file.readinto(_bytes(part)) != part.nbytes:
-                raise ModelError(f"{place.path}: damaged weights: found its end within a tensor")
+                raise ModelError(
+                    f"{place.path}: damaged weights: found its end within {place.name}"
+                )
             if finite and part.is_floating_point() and not bool(torch.isfinite(part).all()):
-                raise ModelError(f"{place.path}: found NaN or infinity, expected numbers")
+                raise ModelError(
+                    f"{place.path}: found NaN or infinity in {place.name}, expected numbers"
+                )
             yield part
 
 
@@ -146,9 +152,11 @@ class Writer:
     The names of files, and the index, are those of the library. Use it in a `with`.
     """
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Tensor], *, shard: str = SHARD) -> None:
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, Tensor], *, shard_bytes: int = SHARD_BYTES
+    ) -> None:
         """Lay the files out; of the tensors only shapes and types count: they may be on `meta`."""
-        split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=shard)
+        split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=shard_bytes)
         self._files = ExitStack()
         self._open: dict[str, tuple[BinaryIO, int, Tensor]] = {}
         if split.is_sharded:
