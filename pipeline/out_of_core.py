@@ -95,13 +95,13 @@ def prune_by_blocks(
     _check(fractions, criterion, repair, multiple, data)
     if folder.exists():
         raise ModelError(f"{folder}: there already, expected a new folder")
+    _return_what_is_freed()
     this = blocks.open_blocks(source)
     groups = [g for g in structure.groups(this.model) if g.kept and fractions.get(g.kind)]
     try:
         pruning.refuse_repair(groups, repair)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    _return_what_is_freed()
     choices: list[Choice] = []
 
     def make(unfinished: Path) -> None:
@@ -132,14 +132,15 @@ def prune_by_blocks(
 
 
 def _return_what_is_freed() -> None:
-    """Have the C library give large pieces of memory back to the system when they are freed.
+    """Have the C library give pieces of memory back to the system when they are freed.
 
-    By itself glibc learns to keep them, and the holes between them add up from block to block
-    (`M_MMAP_THRESHOLD` in mallopt(3): given a value, it stays).
+    glibc begins with those from 128 KiB on and learns to keep ever larger ones, and the holes
+    between them add up from block to block. Once it is told, it learns no more
+    (`M_MMAP_THRESHOLD` in mallopt(3)).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
-        mallopt(-3, 1 << 20)
+        mallopt(-3, 1 << 17)
 
 
 def _check(

@@ -197,11 +197,11 @@ def test_another_model_s_tokenizer_is_refused(tmp_path):
 
 
 SIZES = {
-    "hidden_size": 512,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 1024,
+    "hidden_size": 384,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "intermediate_size": 768,
     "vocab_size": 1000,
 }
 LIMITED = """
@@ -216,9 +216,9 @@ torch.set_num_threads(1)
 source, target, what, allowed = sys.argv[1:4] + [int(sys.argv[4])]
 
 def data():
-    for seed in range(8):
+    for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        yield {"input_ids": torch.randint(1000, (4, 64), generator=generator)}
+        yield {"input_ids": torch.randint(1000, (4, 32), generator=generator)}
 
 with open("/proc/self/status") as status:
     used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
@@ -257,9 +257,9 @@ def test_a_model_of_four_times_the_memory_is_cut_repaired_and_saved(tmp_path, wh
     assert taken < allowed
 
     def data():
-        for seed in range(8):
+        for seed in range(4):
             generator = torch.Generator().manual_seed(seed)
-            yield {"input_ids": torch.randint(1000, (4, 64), generator=generator)}
+            yield {"input_ids": torch.randint(1000, (4, 32), generator=generator)}
 
     pruning.choose_and_cut(
         model.eval(),
@@ -267,7 +267,7 @@ def test_a_model_of_four_times_the_memory_is_cut_repaired_and_saved(tmp_path, wh
         criterion="flap",
         repair="least-squares",
         data=data,
-        total=8,
+        total=4,
     )
     save_pretrained(model, tmp_path / "memory")
     assert_equal(tmp_path / "blocks", tmp_path / "memory")
