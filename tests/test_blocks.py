@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import batch, tiny
+from transformers import FNetConfig, FNetForSequenceClassification
 
 from pipeline import calibration, save_pretrained, structure
 from pipeline.blocks import open_blocks, walk
@@ -54,6 +55,27 @@ def test_wrong_inputs_are_not_taken_for_that(tmp_path):
 def test_other_stacks_are_refused(tmp_path, family):
     save_pretrained(tiny(family), tmp_path)
     with pytest.raises(ModelError, match="expected one stack of layers with weights of their own"):
+        open_blocks(tmp_path)
+
+
+def test_families_that_are_not_known_are_refused(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 8, "vocab_size": 9}
+    save_pretrained(FNetForSequenceClassification(FNetConfig(**sizes)), tmp_path / "fnet")
+    with pytest.raises(ModelError, match="FNetForSequenceClassification, expected one of the fam"):
+        open_blocks(tmp_path / "fnet")
+    model = tiny("albert")
+    model.config.inner_group_num = 2
+    model.save_pretrained(tmp_path / "albert")
+    with pytest.raises(ModelError, match="found inner_group_num 2, expected 1"):
+        open_blocks(tmp_path / "albert")
+
+
+def test_pickles_are_refused(tmp_path):
+    model = tiny("bert")
+    model.config.architectures = ["BertForSequenceClassification"]
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"found weights in pytorch_model\.bin alone, a pickle"):
         open_blocks(tmp_path)
 
 
