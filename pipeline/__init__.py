@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.checkpoint import from_pretrained, save_pretrained
+    from pipeline.out_of_core import prune_by_blocks
     from pipeline.pruning import (
         prune_heads,
         prune_layers,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "pipeline.recipe",
     "from_pretrained": "pipeline.checkpoint",
+    "prune_by_blocks": "pipeline.out_of_core",
     "prune_heads": "pipeline.pruning",
     "prune_layers": "pipeline.pruning",
     "prune_neurons": "pipeline.pruning",
@@ -35,6 +37,7 @@ _HOMES = {
 __all__ = [
     "Recipe",
     "from_pretrained",
+    "prune_by_blocks",
     "prune_heads",
     "prune_layers",
     "prune_neurons",

@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the configuration of a pruned folder in transformers' schema for such models",
     )
+    _prune_arguments(
+        commands.add_parser("prune", help="cut a model larger than memory, block by block")
+    )
     verify = commands.add_parser(
         "verify", help="whether a released artifact is what was released; without torch"
     )
@@ -118,6 +121,43 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="do every step again")
     parser.add_argument(
         "--push", metavar="ORG/NAME", help="upload the artifact to the hub if the verdict is a pass"
+    )
+
+
+def _prune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one")
+    parser.add_argument("--heads", type=float, default=0.0, metavar="SHARE")
+    parser.add_argument("--neurons", type=float, default=0.0, metavar="SHARE")
+    parser.add_argument(
+        "--criterion",
+        default="activation",
+        help="activation (default), flap, reconstruction, magnitude or random",
+    )
+    parser.add_argument(
+        "--repair", default="least-squares", help="least-squares (default), bias or none"
+    )
+    parser.add_argument(
+        "--per-layer", action="store_true", help="the same share of every layer's units"
+    )
+    parser.add_argument(
+        "--multiple", type=_count, default=1, metavar="N", help="of what is left of neurons"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the criterion random")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="lines to calibrate on, one a window"
+    )
+    parser.add_argument(
+        "--max-length", type=_count, default=512, metavar="N", help="tokens of a line; default: 512"
+    )
+    parser.add_argument(
+        "--batch", type=_count, default=4, metavar="N", help="lines at a time; default: 4"
+    )
+    parser.add_argument(
+        "--activations",
+        default="disk",
+        choices=["disk", "memory"],
+        help="where the states between blocks wait; default: disk, beside FOLDER",
     )
 
 

@@ -192,7 +192,6 @@ HELD_OUT_EVERY = 5
 """One window of so many is held out, to choose the regularisation on."""
 
 
-@torch.no_grad()
 def moments(
     model: PreTrainedModel,
     readers: Mapping[str, nn.Module],
@@ -208,6 +207,29 @@ def moments(
         ValueError: there are too few windows to hold one out.
     """
     model.eval()
+    return moments_of(
+        lambda batch: model(**batch),
+        readers,
+        track(data, "second moments", total),
+        decodes=model.config.is_encoder_decoder,
+    )
+
+
+@torch.no_grad()
+def moments_of(
+    run: Callable[[Batch], object],
+    readers: Mapping[str, nn.Module],
+    data: Iterable[Batch],
+    *,
+    decodes: bool = False,
+) -> dict[str, Moments]:
+    """Return the second moments of the readers' inputs while `run` is called with every batch.
+
+    `decodes`: readers with "decoder" in their name see the tokens of the decoder.
+
+    Raises:
+        FloatingPointError, ValueError: as for `moments`.
+    """
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     batch: Batch = {}
     held_out = torch.zeros(0, dtype=torch.bool)
@@ -219,9 +241,9 @@ def moments(
         if name not in sums:
             width = rows.shape[-1]
             sums[name] = rows.new_zeros(width, width), rows.new_zeros(width, width)
-        decodes = model.config.is_encoder_decoder and "decoder" in name
-        tokens = batch.get("decoder_attention_mask" if decodes else "attention_mask")
-        if decodes and tokens is None and "labels" in batch:
+        of_decoder = decodes and "decoder" in name
+        tokens = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
+        if of_decoder and tokens is None and "labels" in batch:
             tokens = batch["labels"] != IGNORED
         if tokens is None or tokens.shape != rows.shape[:2]:
             tokens = rows.new_ones(rows.shape[:2])
@@ -230,11 +252,11 @@ def moments(
             moment.addmm_(part.T, part)
 
     with watching(readers, see):
-        for batch in track(data, "second moments", total):
+        for batch in data:
             size = len(next(iter(batch.values())))
             held_out = torch.arange(count, count + size) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
             count += size
-            model(**batch)
+            run(batch)
     if count < HELD_OUT_EVERY:
         raise ValueError(
             f"calibration: found {count} windows, expected at least {HELD_OUT_EVERY}, of which one"

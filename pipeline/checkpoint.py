@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -92,7 +93,7 @@ def load(
     """
     config = read_config(source, **{name: options[name] for name in HUB if name in options})
     if Path(source).is_dir():
-        with _untrusted():
+        with untrusted():
             trust.refuse_pickles(Path(source, options.get("subfolder", "")))
     kind = model_class(source, config, auto_class)
     config.update({name: options.pop(name) for name in LABELS if name in options})
@@ -129,14 +130,18 @@ def load(
         raise ModelError(f"{source}: damaged weights: {first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    _check(source, model, info)
+    check(source, model, info)
     bnb.settle(model)
     model.eval()
     return model, sorted(info["missing_keys"])
 
 
-def _check(source: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Raise ModelError if files and model do not go together, or hold what is no number."""
+def check(source: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Compare files and model; `info` has the library's `unexpected_keys` and `mismatched_keys`.
+
+    Raises:
+        ModelError: they do not go together, or hold what is no number.
+    """
     kind = type(model)
     if info["mismatched_keys"]:
         name, found, expected = min(info["mismatched_keys"])
@@ -180,6 +185,23 @@ def without_weights(
         raise ModelError(f"{source}: {first_line(error)}") from error
 
 
+def skeleton(source: str | Path) -> PreTrainedModel:
+    """Return the model that `from_pretrained` would, with parameters on the device `meta`.
+
+    What its class computes and does not save, such as rotary frequencies, is there.
+
+    Raises:
+        ModelError: no such model, or not one of a transformers class.
+    """
+    config = read_config(source)
+    kind = _pruned(model_class(source, config, None))
+    try:
+        with init_empty_weights(include_buffers=False):
+            return kind(config).eval()
+    except (ValueError, *UNSOUND) as error:
+        raise ModelError(f"{source}: {first_line(error)}") from error
+
+
 def read_config(
     source: str | Path, revision: str | None = None, **options: Any
 ) -> PretrainedConfig:
@@ -206,7 +228,7 @@ def read_config(
             f" ({first_line(error)})"
         ) from error
     attention = config._attn_implementation  # noqa: SLF001 - not in to_dict
-    with _untrusted():  # on the hub, it may be another one by now
+    with untrusted():  # on the hub, it may be another one by now
         trust.refuse_code(
             config.to_dict() | {"attn_implementation": attention}, f"{source}/config.json"
         )
@@ -216,7 +238,7 @@ def read_config(
 
 def look_through(source: str | Path, **hub: Any) -> None:
     """Raise ModelError if what comes with a model is more than data; `hub` are some of `HUB`."""
-    with _untrusted():
+    with untrusted():
         trust.check(source, **hub)
 
 
@@ -233,7 +255,8 @@ def _quantized(config: PretrainedConfig, options: dict[str, Any]) -> AbstractCon
 
 
 @contextmanager
-def _untrusted() -> Iterator[None]:
+def untrusted() -> Iterator[None]:
+    """Raise ModelError in the place of `trust.Untrusted`."""
     try:
         yield
     except trust.Untrusted as error:

@@ -316,6 +316,39 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _prune(options: argparse.Namespace) -> int:
+    from pipeline import checkpoint, out_of_core, pruning
+
+    data = None
+    if options.text:
+        data = out_of_core.text_batches(
+            options.model, options.text, max_length=options.max_length, batch=options.batch
+        )
+    with progress() as bars:
+        out_of_core.prune_by_blocks(
+            options.model,
+            options.folder,
+            heads=options.heads,
+            neurons=options.neurons,
+            criterion=options.criterion,
+            repair=options.repair,
+            per_layer=options.per_layer,
+            multiple=options.multiple,
+            seed=options.seed,
+            data=data,
+            activations=options.activations,
+            track=Bars(bars),
+        )
+    left = pruning.units(checkpoint.without_weights(options.folder))
+    size = sum(path.stat().st_size for path in options.folder.glob("*.safetensors"))
+    out.print(
+        f"{escape(str(options.folder))}: {sum(left.heads.values()):,} heads and"
+        f" {sum(left.neurons.values()):,} neurons left, {size / 1e6:,.1f} MB; not measured",
+        soft_wrap=True,
+    )
+    return 0
+
+
 def _bench(options: argparse.Namespace) -> int:
     import json
 
@@ -391,6 +424,7 @@ COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "check": _check,
     "search": _search,
     "inspect": _inspect,
+    "prune": _prune,
     "verify": _verify,
     "sign": _sign,
     "store": _store,

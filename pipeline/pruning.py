@@ -154,11 +154,7 @@ def choose_and_cut(
     refuse_repair(groups, repair)
     known = gather(model, groups, criterion, data, seed=seed, total=total, track=track)
     scores = dict(learned or score(model, groups, criterion, known, data, total=total, track=track))
-    lowest: dict[str, Tensor] = {}
-    for kind, fraction in fractions.items():
-        of_kind = {group.path: scores[group.path] for group in groups if group.kind == kind}
-        rounded = multiple if kind == "neurons" else 1
-        lowest |= choose(of_kind, fraction, uniform=uniform, multiple=rounded)
+    lowest = lowest_of(groups, scores, fractions, uniform=uniform, multiple=multiple)
     if criterion in SWAPS:
         lowest = {g.path: SWAPS[criterion](known(g, None), lowest[g.path]) for g in groups}
 
@@ -177,6 +173,23 @@ def choose_and_cut(
         cut_and_write(model, group, places[group.path], weights.get(group.path))
     scored = {group.path: list(group.kept) for group in groups}
     return Choice({path: s.tolist() for path, s in scores.items()}, removed, repairs, scored)
+
+
+def lowest_of(
+    groups: Iterable[Group],
+    scores: Mapping[str, Tensor],
+    fractions: Mapping[Kind, float],
+    *,
+    uniform: bool = False,
+    multiple: int = 1,
+) -> dict[str, Tensor]:
+    """Return the places of each group's units that go, by its path; see `choose_and_cut`."""
+    found: dict[str, Tensor] = {}
+    for kind, fraction in fractions.items():
+        of_kind = {group.path: scores[group.path] for group in groups if group.kind == kind}
+        rounded = multiple if kind == "neurons" else 1
+        found |= choose(of_kind, fraction, uniform=uniform, multiple=rounded)
+    return found
 
 
 def refuse_repair(groups: Iterable[Group], repair: str) -> None:
