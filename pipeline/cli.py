@@ -92,7 +92,10 @@ def _check_one(path: Path) -> int:
     from pipeline.search import read
 
     opened, searched = space.read(path)
-    recipe = read(path)[2] if searched or opened.open else Recipe.from_yaml(path)
+    if searched:
+        recipe = read(path)[2]
+    else:
+        recipe = opened.check()[0] if opened.open else Recipe.from_yaml(path)
     target, name = recipe.target, escape(str(path))
     out.print(f"{name}: {escape(recipe.model.source)}, {recipe.task.kind}", soft_wrap=True)
     if opened.open:

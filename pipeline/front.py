@@ -39,7 +39,8 @@ class Settings(Strict):
 class Candidate:
     """One recipe of a search: what was picked, in words by its place, and what is known of it.
 
-    `why` says what it was left for, if it was.
+    `why` says what it was left for, if it was; `inherited` is the violation of the one that
+    dominates it, `took` what a failure took.
     """
 
     number: int
@@ -50,12 +51,14 @@ class Candidate:
     foreseen: Foreseen | None = None
     screened: Screened | None = None
     measured: Measured | None = None
+    inherited: float = 0.0
+    took: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """Return what it took, when it was made."""
+        """Return what it took, when it was made; a failure is tried again when a search goes on."""
         known = (self.foreseen, self.screened, self.measured)
-        return sum(each.seconds for each in known if each is not None)
+        return max(self.took, sum(each.seconds for each in known if each is not None))
 
     @property
     def outcome(self) -> str | None:
@@ -66,10 +69,10 @@ class Candidate:
         return next((x for x in ("fail", "inconclusive") if x in outcomes), "pass")
 
     @property
-    def violation(self) -> float | None:
+    def violation(self) -> float:
         """Return by what share of a limit the worst estimate is beyond it; to 0 it is within."""
         known = self.measured or self.screened
-        return None if known is None else _violation(known.checks)
+        return self.inherited if known is None else _violation(known.checks)
 
     def merit(self, best: Best) -> float:
         """Return how many times faster, or smaller, it is than the baseline; 0 if not known."""
@@ -94,7 +97,8 @@ class Finalist:
 class Found:
     """What a search came to; of the finalists the last may have passed.
 
-    `first` is one of its recipes, `confidence` that at which finalists are judged.
+    `first` is one of its recipes, `confidence` that at which finalists are judged, `note` why no
+    other one met the gate split.
     """
 
     first: Recipe
@@ -104,6 +108,7 @@ class Found:
     candidates: Sequence[Candidate]
     finalists: Sequence[Finalist] = ()
     ended: bool = False
+    note: str = ""
 
     @property
     def outcome(self) -> str:
@@ -131,7 +136,8 @@ def dominated(candidate: Candidate, others: Iterable[Candidate], best: Best) -> 
     """
     for other in others:
         if (
-            other.foreseen is None
+            other.state == "failed"
+            or other.foreseen is None
             or candidate.foreseen is None
             or other.foreseen.divergence is None
             or candidate.foreseen.divergence is None
@@ -145,12 +151,13 @@ def dominated(candidate: Candidate, others: Iterable[Candidate], best: Best) -> 
 
 
 def beaten(candidate: Candidate, others: Iterable[Candidate], best: Best) -> Candidate | None:
-    """Return another one that is better and lost no more on the part, if there is one."""
+    """Return another one within the budget that is better and lost no more on the part, if any."""
     assert candidate.screened is not None
     for other in others:
         if (
             other.measured is not None
             and other.screened is not None
+            and other.violation <= 0
             and other.screened.lost <= candidate.screened.lost
             and other.merit(best) > candidate.merit(best)
         ):
@@ -177,11 +184,12 @@ def finalists(candidates: Sequence[Candidate], best: Best) -> list[Candidate]:
     First those that pass the gate's tests on the selection split, then those whose estimates are
     within the budget there; each by merit.
     """
-    within = [c for c in candidates if c.measured and (c.violation or 0.0) <= 0]
+    within = [c for c in candidates if c.measured and c.violation <= 0]
     return sorted(within, key=lambda c: (c.outcome != "pass", -c.merit(best), c.number))
 
 
-def beyond(candidates: Sequence[Candidate], chosen: int, best: Best) -> Candidate | None:
-    """Return the best one that was measured, if the chosen one is not: what the budget cost."""
-    foremost = pareto(candidates, best)[0]
-    return None if foremost.number == chosen else foremost
+def beyond(candidates: Sequence[Candidate], chosen: Candidate, best: Best) -> Candidate | None:
+    """Return the best one whose loss is known, if it is better and beyond the budget: its cost."""
+    over = [c for c in candidates if (c.measured or c.screened) and c.violation > 0]
+    better = [c for c in over if c.merit(best) > chosen.merit(best)]
+    return max(better, key=lambda c: c.merit(best), default=None)

@@ -44,6 +44,15 @@ def record(folder: Path, ids: Iterable[str], candidate: str) -> dict[str, Any]:
     return {"examples": examples, "candidates": list(dict.fromkeys([*judged, *others]))}
 
 
+def judged(folder: Path, ids: Iterable[str]) -> list[str]:
+    """Return the candidates that the examples have judged for the run in a folder.
+
+    Raises:
+        EvidenceError: the ledger is damaged.
+    """
+    return _read(folder / LEDGER).get(fingerprint(sorted(ids)), [])
+
+
 def _read(path: Path) -> dict[str, list[str]]:
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))

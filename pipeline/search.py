@@ -2,16 +2,18 @@
 
 Candidates are proposed by Optuna, or listed if there are no more of them than trials. Each is
 looked at in three steps, the cheapest first (trials.py), and left as soon as another one makes it
-needless (front.py). All of that sees the selection split. The best one then meets the gate split,
-in a run like any other, and if that is no pass the next one does, `finalists` of them at most, each
-at confidence 1 - (1 - confidence) / finalists: so one that loses more than the budget is accepted
-with probability 1 - confidence at most, however many were tried (Bonferroni).
+needless (front.py). All of that judges by the selection split. The best one then meets the gate
+split, in a run like any other, and if that is no pass the next one does, `finalists` of them at
+most, also if a search goes on, each at confidence 1 - (1 - confidence) / finalists: so one that
+loses more than the budget is accepted with probability 1 - confidence at most, however many were
+tried (Bonferroni).
 
 Nothing is kept but the store: a search that was killed makes the same proposals again, and finds
-there what it knew of them.
+there what it knew of them, but for failures.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +22,14 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from benchmarks.accuracy import Track, silent
+from benchmarks.worker import WorkerError
 from exporters import ExportError
-from pipeline import front, processes, search_page, search_report, space
+from pipeline import front, ledger, processes, search_page, search_report, space
 from pipeline.budget import Budget
 from pipeline.checkpoint import ModelError
 from pipeline.finetuning import TrainingError
 from pipeline.front import Candidate, Finalist, Found, Settings
+from pipeline.inventory import STAGES
 from pipeline.mistakes import explain
 from pipeline.proposals import Proposals
 from pipeline.quantization import QuantizationError
@@ -33,11 +37,19 @@ from pipeline.reading import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.runner import check_target, default_output, run
 from pipeline.space import Space
-from pipeline.trials import foresee, measure, screen
+from pipeline.store import withdraw
+from pipeline.trials import digest, foresee, measure, screen
 from pipeline.work import Work
 from pipeline.writing import write_text
 
-FAILURES: Final = (ModelError, QuantizationError, ExportError, TrainingError, FloatingPointError)
+FAILURES: Final = (
+    ModelError,
+    QuantizationError,
+    ExportError,
+    TrainingError,
+    WorkerError,
+    FloatingPointError,
+)
 """What a candidate may end by, while the search goes on."""
 ASKED: Final = 20
 """So many times the trials are proposals made at most: some are no recipe, or were made before."""
@@ -73,9 +85,11 @@ def search(
     opened, settings, first = read(path)
     limits = {"trials": trials, "seconds": seconds}
     settings = settings.model_copy(update={n: v for n, v in limits.items() if v is not None})
-    check_target(first)
+    for recipe in opened.check():
+        check_target(recipe)
     output = Path(output or default_output(path))
-    work = Work(first, output, fresh=False, track=track)
+    # With notes of its own in the store: those of the finalists' runs are not all that it uses.
+    work = Work(first, output, fresh=False, track=track, store=output / STAGES)
     confidence = _strict(first, settings).budget.confidence
     found = Found(first, work.metric, settings, confidence, ())
 
@@ -87,12 +101,20 @@ def search(
 
     for candidates in _explore(work, opened, settings):
         found = note(candidates=candidates)
-    for candidate in front.finalists(found.candidates, settings.best)[: settings.finalists]:
+    why = ""
+    for candidate in front.finalists(found.candidates, settings.best):
+        judged = {*ledger.judged(output, (each.id for each in work.examples("gate")))}
+        if len(judged | {digest(work, candidate.recipe)}) > settings.finalists:
+            why = f"the gate split has judged {len(judged)} candidates, as many as `finalists`"
+            break
         report = run(_strict(candidate.recipe, settings), output, track=track)
         found = note(finalists=(*found.finalists, Finalist(candidate, report)))
         if report.verdict.outcome == "pass":
             break
-    return note(ended=True)
+    if not found.finalists:
+        withdraw(output / "artifact")  # that of an earlier search
+    work.store.finish()
+    return note(ended=True, note=why)
 
 
 def _write(found: Found, output: Path) -> None:
@@ -186,18 +208,19 @@ def _explore(work: Work, opened: Space, settings: Settings) -> Iterator[tuple[Ca
         if tried.state == "failed":
             proposals.tell(None)
         else:
-            proposals.tell(tried.merit(settings.best), tried.violation or 0.0)
+            proposals.tell(tried.merit(settings.best), tried.violation)
 
 
 def _try(
     work: Work, candidate: Candidate, others: Sequence[Candidate], settings: Settings
 ) -> Candidate:
     """Return what is known of a candidate, as much as it is worth to know."""
+    begun = time.monotonic()
     try:
         candidate = replace(candidate, foreseen=foresee(work, candidate.recipe))
         if other := front.dominated(candidate, others, settings.best):
             why = f"{other.number} is better, and nearer to the uncut model"
-            return replace(candidate, state="dominated", why=why)
+            return replace(candidate, state="dominated", why=why, inherited=other.violation)
         screened = screen(work, candidate.recipe, settings.screen)
         candidate = replace(candidate, screened=screened)
         if worse := next((c for c in screened.checks if c.outcome == "fail"), None):
@@ -208,4 +231,5 @@ def _try(
             return replace(candidate, state="screened out", why=why)
         return replace(candidate, measured=measure(work, candidate.recipe))
     except FAILURES as error:
-        return replace(candidate, state="failed", why=" ".join(str(error).split()))
+        why, took = " ".join(str(error).split()), time.monotonic() - begun
+        return replace(candidate, state="failed", why=why, took=took)

@@ -22,7 +22,8 @@ def content(found: Found) -> dict[str, Any]:
     on_front = {c.number for c in front.pareto(found.candidates, best)}
     judged = {f.candidate.number: f.report.verdict.outcome for f in found.finalists}
     passed = [number for number, outcome in judged.items() if outcome == "pass"]
-    dearer = front.beyond(found.candidates, passed[0], best) if passed else None
+    winner = next((f.candidate for f in found.finalists if f.candidate.number in passed), None)
+    dearer = front.beyond(found.candidates, winner, best) if winner else None
     last = found.finalists[-1].report if found.finalists else None
     return {
         "schema": SCHEMA,
@@ -43,6 +44,7 @@ def content(found: Found) -> dict[str, Any]:
         "chosen": passed[0] if passed else None,
         "artifact": last.artifact if last and passed else None,
         "better_beyond_budget": dearer.number if dearer else None,
+        "note": found.note,
     }
 
 
@@ -107,17 +109,21 @@ def result(found: Json) -> str:
         if not found["ended"]:
             return f"Not ended: {len(by_number)} candidates so far. Run the same command to go on."
         judged = [n for n, c in by_number.items() if c["gate"]]
+        if not judged and found["note"]:
+            return f"None {of} met the gate split: {found['note']}."
         if not judged:
             return f"None {of} is within the budget on the selection split."
         tried = ", ".join(f"{n} ({by_number[n]['gate']})" for n in judged)
-        return f"None {of} passed on the gate split: {tried}."
+        more = f"; {found['note']}" if found["note"] else ""
+        return f"None {of} passed on the gate split: {tried}{more}."
     chosen = by_number[found["chosen"]]
     text = f"Candidate {found['chosen']} {of}: {_merit(found, chosen)}."
     if (number := found["better_beyond_budget"]) is not None:
         other = by_number[number]
+        lost = other["lost"] if other["lost"] is not None else other["lost_on_part"]
         text += (
             f" The budget cost: candidate {number} is {_merit(found, other)}, and loses"
-            f" {other['lost']:.4f} of {found['metric']} on the selection split, in place of"
+            f" {lost:.4f} of {found['metric']} on the selection split, or a part of it, in place of"
             f" {chosen['lost']:.4f}."
         )
     return text

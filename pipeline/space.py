@@ -2,8 +2,8 @@
 
 In place of any value below `steps`, and of a whole step, a recipe may say `choose: [a, b, ...]`, in
 place of a number `from: a, to: b`, with `step: c` if it is to be one of a grid, with `log: true` if
-its ratios count. A step that is chosen as null is left out. What is chosen may have open values
-itself.
+its ratios count; whole numbers at both ends stand for whole numbers. A step that is chosen as null
+is left out. What is chosen may have open values itself.
 """
 
 import math
@@ -171,8 +171,8 @@ class Space:
                 waiting.extend((f"{place}.{key}", value) for key, value in _items(node))
         return found
 
-    def check(self) -> None:
-        """Refuse a space in which a value cannot be used, whatever is picked elsewhere.
+    def check(self) -> list[Recipe]:
+        """Return recipes with every choice and end, and refuse one that cannot be used anywhere.
 
         Each end and choice is tried with the first of all others, and if that is no recipe, with
         the last.
@@ -180,14 +180,14 @@ class Space:
         Raises:
             RecipeError: with the mistakes of the first such value.
         """
-        self._corner(None, 0.0)
+        found = [self._corner(None, 0.0)]
         for place, free in self.open.items():
             values = free.grid() if isinstance(free, Choice) else [free.low, free.high]
-            for value in values:
-                self._corner(place, value)
+            found.extend(self._corner(place, value) for value in values)
+        return found
 
-    def _corner(self, place: str | None, value: float) -> None:
-        """Refuse a value that no recipe has room for among those that are tried."""
+    def _corner(self, place: str | None, value: float) -> Recipe:
+        """Return a recipe with a value, or refuse it if none of those that are tried works."""
         mistakes = []
         for last in (False, True):
 
@@ -201,11 +201,9 @@ class Space:
                 return free.high if last else free.low
 
             try:
-                self.recipe(pick)
+                return self.recipe(pick)
             except RecipeError as error:
                 mistakes.append(error)
-            else:
-                return
         found = str(mistakes[0])
         if place is not None:  # steps that are left out move the numbers of others
             picked = f"{self.path}: with {self.open[place].words(value)} for {place}: "
@@ -225,6 +223,8 @@ def read(path: str | Path) -> tuple[Space, dict[str, Any]]:
     if not isinstance(search, dict):
         raise RecipeError(f"{path}: search: found {search!r}, expected a mapping")
     space = Space(path, content)
+    if isinstance(content.get("steps"), dict):
+        raise RecipeError(f"{path}: steps: found a mapping, expected a list of steps")
     try:
         space.open  # noqa: B018 - reads all of them
     except ValueError as error:

@@ -2,20 +2,22 @@
 
 `foresee` makes it without its trainings, times that beside the baseline in the target's runtime and
 says how far its outputs are from the uncut model's; `screen` makes it whole and judges it on a part
-of the selection split, `measure` on all of it, by the tests of the gate. Each is an entry of the
-store, so that a search that goes on finds what it knew.
+of the selection split, `measure` on all of it, by the tests of the gate. What is made and measured
+are entries of the store, so that a search that goes on finds what it knew; it is judged anew.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
 from benchmarks import metrics, speed
+from benchmarks.outcomes import Outcomes
 from pipeline import checkpoint, gate, measuring, prices, quality, schedules, stages
 from pipeline.budget import Budget
+from pipeline.checkpoint import ModelError
 from pipeline.compression import compress
 from pipeline.distillation import divergence
 from pipeline.evidence import Evidence
@@ -26,20 +28,24 @@ from pipeline.report import Check
 from pipeline.settings import Finetune, Prune, Quantize
 from pipeline.work import Artifact, Work
 
-INSTEAD: Final = "importance"
-"""The criterion of a candidate that is not trained, in place of one that learns."""
+T = TypeVar("T")
+Speedups = tuple[tuple[float, float, float], ...]
+"""Value, low and high at every load."""
+
+INSTEAD: Final = ("importance", "magnitude")
+"""The criterion of a candidate that is not trained, in place of one that learns: with calibration
+data, and without."""
 
 
 @dataclass(frozen=True)
 class Foreseen:
     """How fast and small a candidate is, and how far from the uncut model; before any training.
 
-    `speedups` are value, low and high at every load, `size` the ratio to the baseline,
-    `divergence` that of the outputs on held-out calibration data in nats, before quantization, None
-    without such data.
+    `size` is the ratio to the baseline, `divergence` that of the outputs on held-out calibration
+    data in nats, before quantization, None without such data.
     """
 
-    speedups: tuple[tuple[float, float, float], ...]
+    speedups: Speedups
     size: float
     divergence: float | None
     seconds: float
@@ -61,7 +67,7 @@ class Measured:
     score: float
     lost: float
     checks: tuple[Check, ...]
-    speedups: tuple[tuple[float, float, float], ...]
+    speedups: Speedups
     size: float
     seconds: float
 
@@ -69,24 +75,21 @@ class Measured:
 def untrained(recipe: Recipe) -> Recipe:
     """Return the recipe without the trainings after its baseline, and without what rests on them.
 
-    What is cut and quantized has the same shapes, so that it is as fast and as small.
+    It is as fast and as small, but where a limit of a step would have left more.
     """
-    before = recipe.steps[: recipe.baseline_at]
-    after = [
-        _untrained(s) for s in recipe.steps[recipe.baseline_at :] if not isinstance(s, Finetune)
-    ]
-    return recipe.model_copy(update={"steps": (*before, *after)})
+    instead = INSTEAD[recipe.task.splits.calibration is None]
+    before, after = recipe.steps[: recipe.baseline_at], recipe.steps[recipe.baseline_at :]
+    lean = [_untrained(step, instead) for step in after if not isinstance(step, Finetune)]
+    return recipe.model_copy(update={"steps": (*before, *lean)})
 
 
-def _untrained(step: Any) -> Any:
+def _untrained(step: Any, instead: str) -> Any:
+    without_limit: dict[str, Any] = {"max_drop": None, "max_perplexity_ratio": None}
     if isinstance(step, Prune):
+        changes = without_limit | {"finetune": None, "rounds": 1}
         learns = step.criterion in LEARNERS
-        changes: dict[str, Any] = {"finetune": None, "rounds": 1, "max_drop": None}
-        changes |= {"max_perplexity_ratio": None}
-        return step.model_copy(update=changes | ({"criterion": INSTEAD} if learns else {}))
-    if isinstance(step, Quantize):
-        return step.model_copy(update={"max_drop": None, "max_perplexity_ratio": None})
-    return step
+        return step.model_copy(update=changes | ({"criterion": instead} if learns else {}))
+    return step.model_copy(update=without_limit) if isinstance(step, Quantize) else step
 
 
 def same_but_for_cuts(first: Recipe, second: Recipe) -> bool:
@@ -95,71 +98,76 @@ def same_but_for_cuts(first: Recipe, second: Recipe) -> bool:
 
 
 def _without_cuts(recipe: Recipe) -> list[Any]:
-    return [step.finetune if isinstance(step, Prune) else step for step in recipe.steps]
+    return [
+        (s.finetune, s.rounds, s.allowed, s.criterion in LEARNERS) if isinstance(s, Prune) else s
+        for s in recipe.steps
+    ]
 
 
 def foresee(work: Work, recipe: Recipe) -> Foreseen:
     """Return what can be said of a candidate without training it."""
-    lean = untrained(recipe)
-    here = work.of(lean)
+    here = work.of(untrained(recipe))
 
-    def make(_: Path) -> dict[str, Any]:
+    def act() -> tuple[Speedups, float, float | None]:
         artifacts = compress(here)
         baseline, last = artifacts[recipe.baseline_at], artifacts[-1]
-        bench = prices.bench(here, "selection")
         first, this = (stages.running_of(here, each) for each in (baseline, last))
         folders = {first.digest: first.folder, this.digest: this.folder}
-        latencies = measuring.together(bench, folders).latencies
-        return {
-            "speedups": [
-                list(asdict(speed.ratio(before, after)).values())
-                for before, after in zip(
-                    latencies[first.digest], latencies[this.digest], strict=True
-                )
-            ],
-            "size": stages.size_bytes(last.entry.folder) / stages.size_bytes(baseline.entry.folder),
-            "divergence": _divergence(here, baseline, artifacts),
-        }
+        latencies = measuring.together(prices.bench(here, "selection"), folders).latencies
+        both = zip(latencies[first.digest], latencies[this.digest], strict=True)
+        ratios = [speed.ratio(before, after) for before, after in both]
+        sizes = [stages.size_bytes(each.entry.folder) for each in (last, baseline)]
+        return (
+            tuple((ratio.value, ratio.low, ratio.high) for ratio in ratios),
+            sizes[0] / sizes[1],
+            _divergence(here, baseline, artifacts),
+        )
 
-    about = here.make("foreseen", _key(here, lean), make).about
-    return Foreseen(
-        tuple(tuple(each) for each in about["speedups"]),
-        about["size"],
-        about["divergence"],
-        about["seconds"],
-    )
+    found, seconds = _timed(here, "foreseen", act)
+    return Foreseen(*found, seconds)
 
 
 def _divergence(work: Work, baseline: Artifact, artifacts: Sequence[Artifact]) -> float | None:
     last = [artifact for artifact in artifacts if artifact.format == "torch"][-1]
     if "calibration" not in work.rows or (last.step and last.step["step"] == "quantize"):
         return None
-    model, uncut = (checkpoint.from_pretrained(each.entry.folder) for each in (last, baseline))
-    return divergence(model, uncut, list(schedules.held_out(work)))
+
+    def make(_: Path) -> dict[str, Any]:
+        model, uncut = (checkpoint.from_pretrained(each.entry.folder) for each in (last, baseline))
+        return {"divergence": divergence(model, uncut, list(schedules.held_out(work)))}
+
+    key = {"models": [last.entry.digest, baseline.entry.digest]}
+    found: float = work.make("apart", key | {"data": work.evidence("calibration")}, make).about[
+        "divergence"
+    ]
+    return found
 
 
 def screen(work: Work, recipe: Recipe, share: float) -> Screened:
-    """Return what a candidate comes to on a share of the selection split."""
+    """Return what a candidate comes to on a share of the selection split.
+
+    Raises:
+        ModelError: its score is not a number.
+    """
     here = work.of(recipe)
 
-    def make(_: Path) -> dict[str, Any]:
+    def act() -> tuple[Outcomes, ...]:
         artifacts = compress(here)
         bench = _part(prices.bench(here, "selection"), share, recipe.seed)
         both = [
             stages.running_of(here, each) for each in (artifacts[recipe.baseline_at], artifacts[-1])
         ]
-        before, after = (measuring.alone(bench, each.folder, each.digest).outcomes for each in both)
-        checks = quality.check_scores(
-            recipe.budget, work.metric, before.columns, after.columns, recipe.budget.confidence
-        )
-        scores = (metrics.score(work.metric, each.columns) for each in (before, after))
-        return {
-            "lost": metrics.lost(work.metric, *scores),
-            "checks": [asdict(check) for check in checks],
-        }
+        return tuple(measuring.alone(bench, each.folder, each.digest).outcomes for each in both)
 
-    about = here.make("screened", _key(here, recipe) | {"share": share}, make).about
-    return Screened(about["lost"], _checks(about["checks"]), about["seconds"])
+    (before, after), seconds = _timed(here, f"screened {share}", act)
+    try:
+        scores = [metrics.score(work.metric, each.columns) for each in (before, after)]
+    except ValueError as error:
+        raise ModelError(f"{work.metric}: {error}") from error
+    checks = quality.check_scores(
+        recipe.budget, work.metric, before.columns, after.columns, recipe.budget.confidence
+    )
+    return Screened(metrics.lost(work.metric, *scores), tuple(checks), seconds)
 
 
 def _part(bench: Bench, share: float, seed: int) -> Bench:
@@ -174,36 +182,30 @@ def measure(work: Work, recipe: Recipe) -> Measured:
     """Return what a candidate comes to on the selection split, judged as the gate judges."""
     here = work.of(recipe)
 
-    def make(_: Path) -> dict[str, Any]:
+    def act() -> stages.Measured:
         artifacts = compress(here)
-        both = [artifacts[recipe.baseline_at], artifacts[-1]]
-        found = stages.measure(here, both, "selection")
-        evidence = Evidence(
-            found.baseline,
-            found.candidate,
-            found.stages[0],
-            found.stages[-1],
-            here.labels,
-            dedicated=recipe.target.dedicated,
-        )
-        first, last = found.stages
-        return {
-            "score": last.score.value,
-            "lost": metrics.lost(work.metric, first.score.value, last.score.value),
-            "checks": [asdict(check) for check in gate.checks(_own(recipe.budget), evidence)],
-            "speedups": [list(asdict(load.speedup).values()) for load in last.loads],
-            "size": last.size_bytes / first.size_bytes,
-        }
+        return stages.measure(here, [artifacts[recipe.baseline_at], artifacts[-1]], "selection")
 
-    about = here.make("tried", _key(here, recipe), make).about
-    return Measured(
-        about["score"],
-        about["lost"],
-        _checks(about["checks"]),
-        tuple(tuple(each) for each in about["speedups"]),
-        about["size"],
-        about["seconds"],
+    found, seconds = _timed(here, "measured whole", act)
+    first, last = found.stages
+    dedicated = recipe.target.dedicated
+    evidence = Evidence(
+        found.baseline, found.candidate, first, last, here.labels, dedicated=dedicated
     )
+    return Measured(
+        last.score.value,
+        metrics.lost(work.metric, first.score.value, last.score.value),
+        gate.checks(_own(recipe.budget), evidence),
+        tuple((load.speedup.value, load.speedup.low, load.speedup.high) for load in last.loads),
+        last.size_bytes / first.size_bytes,
+        seconds,
+    )
+
+
+def digest(work: Work, recipe: Recipe) -> str:
+    """Return the digest of what the gate would judge of a candidate."""
+    here = work.of(recipe)
+    return stages.running_of(here, compress(here)[-1]).digest
 
 
 def _own(budget: Budget) -> Budget:
@@ -211,16 +213,21 @@ def _own(budget: Budget) -> Budget:
     return budget.model_copy(update={"regression": None, "slices": None})
 
 
-def _checks(found: Sequence[Mapping[str, Any]]) -> tuple[Check, ...]:
-    return tuple(Check(**check) for check in found)
+def _timed(work: Work, what: str, act: Callable[[], T]) -> tuple[T, float]:
+    """Return what an act gives, which is in the store afterwards, and what it took at first."""
 
+    def make(_: Path) -> dict[str, Any]:
+        act()
+        return {}
 
-def _key(work: Work, recipe: Recipe) -> dict[str, Any]:
-    described = recipe.model_dump(mode="json")
-    return {
+    described = work.recipe.model_dump(mode="json")
+    key = {
+        "tried": what,
         "model": work.identity,
-        "recipe": {name: described[name] for name in ("steps", "baseline", "budget", "seed")},
-        "data": {name: work.evidence(name) for name in work.rows if name != "gate"},
+        "recipe": {name: described[name] for name in ("steps", "baseline", "seed")},
+        "data": {name: work.evidence(name) for name in work.rows},
         "target": work.described()["target"],
         "machine": work.machine.identity(),
     }
+    seconds: float = work.make("tried", key, make).about["seconds"]
+    return act(), seconds

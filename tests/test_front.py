@@ -73,6 +73,8 @@ def test_a_candidate_is_beaten_by_a_better_one_that_lost_no_more_on_the_part():
     assert (
         front.beaten(candidate(5, 1.5, part=0.01), [candidate(6, 2.0, part=0.0)], "speed") is None
     )
+    beyond = candidate(7, 2.0, 0.03, part=0.0)
+    assert front.beaten(candidate(8, 1.5, part=0.01), [beyond], "speed") is None
 
 
 def test_how_far_beyond_the_budget():
@@ -81,13 +83,14 @@ def test_how_far_beyond_the_budget():
     least = Check("speedup at 1x8", 2.0, 1.5, 1.4, 1.6, "fail", at_least=True)
     measured = Measured(0.9, 0.0, (least,), ((1.5, 1.4, 1.6),), 0.5, 1.0)
     assert Candidate(1, {}, recipe(CUT), measured=measured).violation == pytest.approx(0.25)
-    assert candidate(1, 1.0).violation is None
+    assert candidate(1, 1.0).violation == 0
 
 
 def test_what_the_budget_cost_is_the_best_that_was_measured():
-    found = [candidate(1, 3.0, 0.05), candidate(2, 2.0, 0.01)]
-    assert front.beyond(found, 2, "speed").number == 1
-    assert front.beyond(found, 1, "speed") is None
+    found = [candidate(1, 3.0, 0.05), candidate(2, 2.0, 0.01), candidate(3, 4.0),
+             candidate(4, 2.5, 0.0), candidate(5, 1.5, 0.03)]  # fmt: skip
+    assert front.beyond(found, found[1], "speed") is found[0]
+    assert front.beyond(found, found[0], "speed") is None
 
 
 def test_a_candidate_is_foreseen_without_what_rests_on_training():
@@ -110,3 +113,8 @@ def test_a_candidate_is_foreseen_without_what_rests_on_training():
     assert all(step.finetune is None and step.rounds == 1 for step in lean.steps[1:3])
     assert lean.steps[3].allowed is None
     assert [step.heads for step in lean.steps[1:3]] == [0.5, 0.5]
+    free = {"train": "train[:70%]", "gate": "train[80%:]"}
+    steps = [learned | {"repair": "none"}, {"step": "export"}]
+    without = Recipe.model_validate(GOOD | {"steps": steps, "task": task | {"splits": free}})
+    assert untrained(without).steps[0].criterion == "magnitude"
+    assert not untrained(without).steps[0].calibrated

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from conftest import secateur, write_recipe
 
 from pipeline.front import Found
+from pipeline.inventory import prune
 from pipeline.judging import judge_again
 from pipeline.reading import RecipeError
 from pipeline.search import read, search
@@ -137,6 +139,28 @@ def test_the_command_tells_what_it_found(searched, tmp_path):
     assert "pass against finetune" in done.stdout
 
 
+def test_no_more_candidates_meet_the_gate_than_were_allowed(searched, tmp_path):
+    """Also if a search goes on with more trials: the ledger remembers."""
+    _, output, _ = searched
+    shutil.copytree(output / "stages", tmp_path / "stages")
+    ledger = json.loads((output / "gate-uses.json").read_text())
+    (examples,) = ledger
+    (tmp_path / "gate-uses.json").write_text(json.dumps({examples: ["one", "two"]}))
+    (tmp_path / "artifact").mkdir()
+    found = search(output.parent / "recipe.yaml", tmp_path)
+    assert (found.finalists, found.outcome) == ((), "fail")
+    assert "has judged 2 candidates, as many as `finalists`" in (tmp_path / "search.md").read_text()
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_the_store_keeps_what_a_search_knows(searched, tmp_path):
+    _, output, _ = searched
+    shutil.copytree(output / "stages", tmp_path / "stages")
+    there = {path.name for path in (tmp_path / "stages").glob("*-*")}
+    prune(tmp_path)
+    assert {path.name for path in (tmp_path / "stages").glob("*-*")} == there
+
+
 def test_check_says_what_is_open(tmp_path):
     done = secateur("check", write(tmp_path))
     assert "open: steps.1.neurons" in done.stdout
@@ -186,27 +210,27 @@ def test_ten_kills_end_with_the_same_front(tmp_path):
     command = [sys.executable, "-m", "pipeline", "search", path, "--output"]
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT,
                "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # fmt: skip
+    begun = time.monotonic()
     undisturbed = subprocess.run([*command, tmp_path / "undisturbed"], check=False, **options)
-    generator, kills = random.Random(0), 0
+    lasts = time.monotonic() - begun
+    generator, kills, at = random.Random(0), 0, 0
     while kills < 10:
-        process = subprocess.Popen([*command, tmp_path / "killed"], **options)
+        process = subprocess.Popen([*command, tmp_path / f"killed-{at}"], **options)
         try:
-            process.wait(generator.uniform(15, 40))
+            process.wait(generator.uniform(0.2, 0.6) * lasts)
+            at += 1
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        kills += process.returncode == -signal.SIGKILL
-        if process.returncode != -signal.SIGKILL:
-            break
-    ended = subprocess.run([*command, tmp_path / "killed"], check=False, **options)
+            kills += 1
+    ended = subprocess.run([*command, tmp_path / f"killed-{at}"], check=False, **options)
     assert ended.returncode == undisturbed.returncode
     first, second = (
         json.loads((tmp_path / name / "search.json").read_text())
-        for name in ("undisturbed", "killed")
+        for name in ("undisturbed", f"killed-{at}")
     )
-    print({"kills": kills})
+    print({"kills": kills, "searches that ended": at + 1, "seconds undisturbed": lasts})
     told = ("picked", "size", "lost", "selection", "gate", "on_front", "state")
     told_of = [[{n: c[n] for n in told} for c in found["candidates"]] for found in (first, second)]
     assert told_of[0] == told_of[1]
     assert first["chosen"] == second["chosen"]
-    assert kills >= 3

@@ -51,10 +51,10 @@ def finish(run, outcome="pass", **changes):
 def test_a_plan_has_every_recipe_and_each_can_be_run_by_itself(planned, tmp_path):
     told = [tuple(run.picked.values()) for run in planned]
     assert told == [
-        ("0.25", "none"),
-        ("0.25", "quantize 1"),
-        ("0.5", "none"),
-        ("0.5", "quantize 1"),
+        ("0.25", "no quantize"),
+        ("0.25", "quantize"),
+        ("0.5", "no quantize"),
+        ("0.5", "quantize"),
     ]
     for run in planned:
         recipe = Recipe.from_yaml(run.folder / "recipe.yaml")
@@ -108,7 +108,7 @@ def test_recipes_that_cannot_work_are_told_by_their_numbers(tmp_path):
     steps = [{"step": "prune", "heads": {"choose": [0.1, 1.5]}}, *STEPS[1:]]
     with pytest.raises(
         RecipeError,
-        match=r"recipe 2 \(steps.0.heads 1.5, steps.1 none\): .*1 mistake\n  steps.0.heads: .*"
+        match=r"recipe 2 \(steps.0.heads 1.5, steps.1 no quantize\): .*1 mistake\n  steps.0.heads: .*"
         r"\nrecipe 3 ",
     ):
         planning.plan(write(tmp_path, steps=steps), tmp_path / "sweep")
@@ -233,7 +233,7 @@ def test_all_runs_are_joined_with_what_was_picked(planned, tmp_path):
     assert joined["missing"] == []
     assert [run["outcome"] for run in joined["runs"]] == ["pass", "pass", "fail", "pass"]
     first = joined["runs"][0]  # as tests/reports.py has it
-    assert first["picked"] == {"steps.0.heads": "0.25", "steps.1": "none"}
+    assert first["picked"] == {"steps.0.heads": "0.25", "steps.1": "no quantize"}
     assert (first["score"], first["baseline_score"]) == (0.9025, 0.9105)
     assert first["loss"] == {
         "what": "accuracy drop", "estimate": 0.008, "low": 0.0021, "high": 0.0142,
@@ -242,7 +242,7 @@ def test_all_runs_are_joined_with_what_was_picked(planned, tmp_path):
     header, rows = collection.table(joined)
     assert header == ["run", "0.heads", "1", "accuracy", "lost", "MB", "size", "speedup 1x128",
                       "speedup 8x128", "verdict"]  # fmt: skip
-    assert rows[1][:4] == ["001", "0.25", "quantize 1", "0.9025"]
+    assert rows[1][:4] == ["001", "0.25", "quantize", "0.9025"]
     assert rows[2][-1] == "fail"
 
 
@@ -284,5 +284,7 @@ def test_the_command_plans(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = secateur("sweep", "plan", write(tmp_path))
     assert found.returncode == 0, found.stderr
-    assert found.stdout.splitlines()[0] == "sweeps/mine/000: steps.0.heads 0.25, steps.1 none"
+    assert (
+        found.stdout.splitlines()[0] == "sweeps/mine/000: steps.0.heads 0.25, steps.1 no quantize"
+    )
     assert len(sweep.members(tmp_path / "sweeps" / "mine")) == 4
