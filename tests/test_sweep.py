@@ -108,8 +108,8 @@ def test_recipes_that_cannot_work_are_told_by_their_numbers(tmp_path):
     steps = [{"step": "prune", "heads": {"choose": [0.1, 1.5]}}, *STEPS[1:]]
     with pytest.raises(
         RecipeError,
-        match=r"recipe 2 \(steps.0.heads 1.5, steps.1 no quantize\): .*1 mistake\n  steps.0.heads: .*"
-        r"\nrecipe 3 ",
+        match=r"recipe 2 \(steps.0.heads 1.5, steps.1 no quantize\): .*1 mistake\n  steps.0.heads: "
+        r".*\nrecipe 3 ",
     ):
         planning.plan(write(tmp_path, steps=steps), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
