@@ -25,7 +25,7 @@ SPLITS = {"train": "train[:500]", "calibration": "train[500:600]", "selection": 
           "gate": "train[1000:]"}  # fmt: skip
 STEPS = [
     {"step": "finetune", "epochs": 20, "learning_rate": 2e-3},
-    {"step": "prune", "neurons": {"choose": [0.001, 0.2, 0.5, 0.9]}, "multiple": 8},
+    {"step": "prune", "neurons": {"choose": [0.001, 0.3, 0.9]}, "multiple": 8},
 ]
 TARGET = {"runtime": "torch", "loads": [{"batch": 2, "sequence": 16}], "rounds": 6, "threads": 1}
 
@@ -50,7 +50,7 @@ def test_the_smallest_that_passes_is_published(searched):
     content = json.loads((output / "search.json").read_text())
     by_number = {c["number"]: c for c in content["candidates"]}
     assert [c["picked"] for c in content["candidates"]] == [
-        {"steps.1.neurons": words} for words in ("0.001", "0.2", "0.5", "0.9")
+        {"steps.1.neurons": words} for words in ("0.001", "0.3", "0.9")
     ]
     chosen = by_number[content["chosen"]]
     assert found.outcome == content["outcome"] == "pass"
@@ -69,7 +69,7 @@ def test_the_gate_split_has_judged_the_finalists_alone(searched):
     ledger = json.loads((output / "gate-uses.json").read_text())
     (judged,) = ledger.values()
     assert len(judged) == len(found.finalists) <= 2
-    assert len(found.candidates) == 4
+    assert len(found.candidates) == 3
 
 
 def test_each_finalist_is_judged_at_its_share_of_the_error(searched):
@@ -82,8 +82,8 @@ def test_each_finalist_is_judged_at_its_share_of_the_error(searched):
 
 def test_it_tells_of_every_candidate_and_finalist(searched):
     found, _, told = searched
-    assert [len(each.candidates) for each in told[:4]] == [1, 2, 3, 4]
-    assert [each.ended for each in told] == [False] * (4 + len(found.finalists)) + [True]
+    assert [len(each.candidates) for each in told[:3]] == [1, 2, 3]
+    assert [each.ended for each in told] == [False] * (3 + len(found.finalists)) + [True]
 
 
 def test_again_nothing_is_made_anew(searched):
@@ -99,7 +99,7 @@ def test_again_nothing_is_made_anew(searched):
 def test_the_page_and_the_table_name_every_candidate(searched):
     _, output, _ = searched
     page, table = (output / "search.html").read_text(), (output / "search.md").read_text()
-    for text in ("neurons 0.2", "neurons 0.5", "neurons 0.9", "accuracy lost"):
+    for text in ("neurons 0.3", "neurons 0.9", "accuracy lost"):
         assert text in page
         assert text in table
     assert "<script" not in page
@@ -131,11 +131,11 @@ def test_what_was_found_is_kept_when_it_is_interrupted(searched, tmp_path):
 def test_the_command_tells_what_it_found(searched, tmp_path):
     _, output, _ = searched
     shutil.copytree(output / "stages", tmp_path / "stages")
-    done = secateur("search", output.parent / "recipe.yaml", "--output", tmp_path, "--trials", "4")
+    done = secateur("search", output.parent / "recipe.yaml", "--output", tmp_path, "--trials", "3")
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "search.json").read_text())
     assert "candidate 1: neurons 0.001: " in done.stdout
-    assert f"Candidate {content['chosen']} of 4 candidates" in done.stdout
+    assert f"Candidate {content['chosen']} of 3 candidates" in done.stdout
     assert "pass against finetune" in done.stdout
 
 
