@@ -89,11 +89,12 @@ def _check_one(path: Path) -> int:
     from pipeline.recipe import Recipe
     from pipeline.report import step_words
     from pipeline.runner import check
-    from pipeline.search import read
+    from pipeline.search import as_finalist, read
 
     opened, searched = space.read(path)
     if searched:
-        recipe = read(path)[2]
+        _, settings, first = read(path)
+        recipe = as_finalist(first, settings)
     else:
         recipe = opened.check()[0] if opened.open else Recipe.from_yaml(path)
     target, name = recipe.target, escape(str(path))

@@ -90,7 +90,7 @@ def search(
     output = Path(output or default_output(path))
     # With notes of its own in the store: those of the finalists' runs are not all that it uses.
     work = Work(first, output, fresh=False, track=track, store=output / STAGES)
-    confidence = _strict(first, settings).budget.confidence
+    confidence = as_finalist(first, settings).budget.confidence
     found = Found(first, work.metric, settings, confidence, ())
 
     def note(**changes: Any) -> Found:
@@ -107,7 +107,7 @@ def search(
         if len(judged | {digest(work, candidate.recipe)}) > settings.finalists:
             why = f"the gate split has judged {len(judged)} candidates, as many as `finalists`"
             break
-        report = run(_strict(candidate.recipe, settings), output, track=track)
+        report = run(as_finalist(candidate.recipe, settings), output, track=track)
         found = note(finalists=(*found.finalists, Finalist(candidate, report)))
         if report.verdict.outcome == "pass":
             break
@@ -162,7 +162,7 @@ def read(path: str | Path) -> tuple[Space, Settings, Recipe]:
             " expected one baseline for all"
         )
     try:
-        _strict(first, settings)
+        as_finalist(first, settings)
     except ValidationError as error:
         at = 1 - (1 - first.budget.confidence) / settings.finalists
         reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
@@ -173,8 +173,8 @@ def read(path: str | Path) -> tuple[Space, Settings, Recipe]:
     return opened, settings, first
 
 
-def _strict(recipe: Recipe, settings: Settings) -> Recipe:
-    """Return the recipe as a finalist is judged."""
+def as_finalist(recipe: Recipe, settings: Settings) -> Recipe:
+    """Return the recipe as it is judged on the gate split: at its share of the error."""
     confidence = 1 - (1 - recipe.budget.confidence) / settings.finalists
     budget = Budget.model_validate(
         recipe.budget.model_dump() | {"confidence": round(confidence, 12)}

@@ -165,6 +165,7 @@ def test_check_says_what_is_open(tmp_path):
     done = secateur("check", write(tmp_path))
     assert "open: steps.1.neurons" in done.stdout
     assert "selection 400" in done.stdout
+    assert "confidence 0.975" in done.stdout
 
 
 @pytest.mark.parametrize(
