@@ -54,8 +54,9 @@ def loss(
     """Return the loss of the module's formula `()`; without a teacher the task's own."""
     states = teacher is not None and teacher.hidden_weight > 0
     outputs = model(**inputs, output_hidden_states=states)
-    # The mean of no label at all is NaN; another process has the labels of this batch then.
-    own: Tensor = weights.own * outputs.loss if weights.own else 0 * outputs.logits.sum()
+    own: Tensor = weights.own * outputs.loss
+    if not weights.own and not torch.isfinite(outputs.loss):
+        own = 0 * outputs.logits.sum()  # a mean over no label: others have those of this batch
     if teacher is None:
         return own
     with torch.no_grad():

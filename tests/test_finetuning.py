@@ -171,6 +171,18 @@ def test_means_of_processes_average_to_that_of_the_batch():
     assert _weights(classifier, [], classes[:1], 2) == Weights(0, 0, 0, 0)
 
 
+def test_a_part_without_labels_adds_nothing():
+    """The mean over no label is NaN; the labels of the batch are another process's then."""
+    model = tiny("llama")
+    given = inputs(model)
+    nothing = given | {"labels": torch.full_like(given["input_ids"], -100)}
+    found = loss(model, nothing, None, Weights(0, 0, 0, 0))
+    found.backward()
+    assert found == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert loss(model, nothing, None).isnan()  # and where they should be there it is told
+
+
 def test_distillation_is_the_scaled_divergence():
     torch.manual_seed(0)
     student, teacher = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
