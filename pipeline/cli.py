@@ -93,8 +93,8 @@ def _check_one(path: Path) -> int:
 
     opened, searched = space.read(path)
     if searched:
-        _, settings, first = read(path)
-        recipe = as_finalist(first, settings)
+        _, settings, (recipe, *_) = read(path)
+        recipe = as_finalist(recipe, settings)
     else:
         recipe = opened.check()[0] if opened.open else Recipe.from_yaml(path)
     target, name = recipe.target, escape(str(path))

@@ -7,6 +7,7 @@ loads), or how many times smaller.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -81,8 +82,7 @@ class Candidate:
             return 0.0
         if best == "size":
             return 1 / known.size
-        logs = [math.log(value) for value, _, _ in known.speedups]
-        return math.exp(sum(logs) / len(logs))
+        return geometric_mean(value for value, _, _ in known.speedups)
 
 
 @dataclass(frozen=True)

@@ -82,10 +82,11 @@ def search(
         DataError, ModelError, Unavailable, NotHere, MissingDependency, EvidenceError, WorkerError,
             OSError: as of `run`.
     """
-    opened, settings, first = read(path)
+    opened, settings, recipes = read(path)
+    first = recipes[0]
     limits = {"trials": trials, "seconds": seconds}
     settings = settings.model_copy(update={n: v for n, v in limits.items() if v is not None})
-    for recipe in opened.check():
+    for recipe in recipes:
         check_target(recipe)
     output = Path(output or default_output(path))
     # With notes of its own in the store: those of the finalists' runs are not all that it uses.
@@ -124,8 +125,8 @@ def _write(found: Found, output: Path) -> None:
     write_text(output / "search.html", search_page.page(content))
 
 
-def read(path: str | Path) -> tuple[Space, Settings, Recipe]:
-    """Return the space of a file, how it is searched, and one of its recipes.
+def read(path: str | Path) -> tuple[Space, Settings, list[Recipe]]:
+    """Return the space of a file, how it is searched, and recipes with every choice and end.
 
     Raises:
         RecipeError: it cannot be searched.
@@ -137,8 +138,8 @@ def read(path: str | Path) -> tuple[Space, Settings, Recipe]:
         raise RecipeError(
             explain(opened.path, error, {"": [Settings]}).replace("\n  ", "\n  search.")
         ) from None
-    opened.check()
-    first = opened.recipe(lambda _, free: free.first)
+    recipes = opened.check()
+    first = recipes[0]
     where = opened.path
     if not opened.open:
         raise RecipeError(
@@ -170,7 +171,7 @@ def read(path: str | Path) -> tuple[Space, Settings, Recipe]:
             f"{where}: search.finalists: found {settings.finalists}, with which each is judged at"
             f" {at:.4g}; {reason}"
         ) from None
-    return opened, settings, first
+    return opened, settings, recipes
 
 
 def as_finalist(recipe: Recipe, settings: Settings) -> Recipe:

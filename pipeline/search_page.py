@@ -4,6 +4,7 @@ Built like report.html (page.py): one file that asks for nothing from outside an
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import geometric_mean
 from typing import Any, Final
 from xml.etree import ElementTree as ET
 
@@ -12,6 +13,7 @@ from matplotlib import style
 from pipeline.drawing import ACCENT, BAD, GOOD, LOOK, MUTED, canvas, inline, label_points
 from pipeline.markup import Node, figure, section, table_head, tag
 from pipeline.page import MARKS, definitions, document
+from pipeline.plots import front
 from pipeline.search_report import header, result, row
 
 Json = Mapping[str, Any]
@@ -23,17 +25,15 @@ def page(found: Json) -> str:
     main = tag(
         "main",
         _banner(found),
-        section("Front", tag("div", *drawn, class_="plots"))
-        if drawn
-        else section("Front", "None."),
+        *([section("Front", tag("div", *drawn, class_="plots"))] if drawn else []),
         section("Candidates", *_table(found)),
         section("Setting", definitions(found["settings"]), definitions(found["budget"])),
     )
-    return document(f"secateur search: {found['outcome']}, {found['model']}", main)
+    return document(f"secateur search: {found['outcome'] or 'not ended'}, {found['model']}", main)
 
 
 def _banner(found: Json) -> ET.Element:
-    outcome = found["outcome"] if found["ended"] else "inconclusive"
+    outcome = found["outcome"] or "inconclusive"
     facts = {
         "model": found["model"],
         "baseline": found["baseline"],
@@ -80,16 +80,17 @@ def _trade_off(found: Json, what: str) -> ET.Element | None:
     limit = found["budget"].get("max_drop")
     if (ratio := found["budget"].get("max_perplexity_ratio")) is not None:
         limit = ratio - 1
-    best = sorted((point for point in points), key=lambda p: -p[0] if what == "speed" else p[0])
+    sign = -1 if what == "speed" else 1
+    best = front([sign * value for value, _ in points], [c["lost"] for c in measured],
+                 higher_is_better=False)  # fmt: skip
     with style.context(["default", LOOK]):
         drawing, axes = canvas(3.2)
         axes.grid(visible=True)
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
         if limit is not None:
             axes.axhline(limit, color=BAD, linewidth=1, linestyle=(0, (5, 3)))
-        front = _front(best)
-        axes.plot(*zip(*front, strict=True), color=GOOD, linewidth=2, alpha=0.8,
-                  drawstyle="steps-post")  # fmt: skip
+        steps = zip(*(points[place] for place in best), strict=True)
+        axes.plot(*steps, color=GOOD, linewidth=2, alpha=0.8, drawstyle="steps-post")
         for candidate, point in zip(measured, points, strict=True):
             chosen = candidate["number"] == found["chosen"]
             axes.plot(
@@ -119,16 +120,4 @@ TITLES: Final = {
 def _value(candidate: Json, what: str) -> float:
     if what == "size":
         return float(candidate["size"])
-    product = 1.0
-    for value, _, _ in candidate["speedups"]:
-        product *= value
-    return float(product ** (1 / len(candidate["speedups"])))
-
-
-def _front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points, the best first, that lose less than all before them."""
-    found: list[tuple[float, float]] = []
-    for point in points:
-        if not found or point[1] < found[-1][1]:
-            found.append(point)
-    return found
+    return geometric_mean(value for value, _, _ in candidate["speedups"])

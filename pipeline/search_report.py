@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from pipeline import front
 from pipeline.front import Candidate, Found
-from pipeline.report import shape
+from pipeline.report import markdown_table, shape
 
 Json = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ def content(found: Found) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "ended": found.ended,
-        "outcome": found.outcome,
+        "outcome": found.outcome if found.ended else None,
         "model": first.model.source,
         "metric": found.metric,
         "baseline": first.baseline,
@@ -137,11 +137,13 @@ def _merit(found: Json, candidate: Json) -> str:
 
 def markdown(found: Json) -> str:
     """Return search.md."""
-    titles = header(found)
-    rows = [row(candidate, len(found["loads"])) for candidate in found["candidates"]]
-    lines = [f"## secateur search: {found['outcome']}", "", result(found), ""]
-    lines += ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in each) + " |" for each in rows]
-    lines += ["", "* on the front: no other candidate is better in both. What was lost is of the"]
-    lines += ["selection split; the gate split has judged those that name it alone.", ""]
-    return "\n".join(lines)
+    rows = [
+        [cell.replace("|", "\\|").replace("*", "\\*") for cell in row(each, len(found["loads"]))]
+        for each in found["candidates"]
+    ]
+    return (
+        f"## secateur search: {found['outcome'] or 'not ended'}\n\n{result(found)}\n\n"
+        f"{markdown_table(header(found), rows)}\n\n"
+        "\\* on the front: no other candidate is better in both. What was lost is of the selection"
+        " split; the gate split has judged those alone whose outcome stands in the last column.\n"
+    )

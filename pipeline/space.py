@@ -27,7 +27,6 @@ class Choice:
     """One of these values."""
 
     values: tuple[Any, ...]
-    first = 0
 
     def grid(self) -> list[int]:
         """Return what can be picked: the place of a value."""
@@ -57,11 +56,6 @@ class Range:
     high: float
     step: float | None = None
     log: bool = False
-
-    @property
-    def first(self) -> float:
-        """Return the smallest."""
-        return self.low
 
     @property
     def whole(self) -> bool:

@@ -61,7 +61,11 @@ def guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of err
     except OSError as error:
         return say(*disk(error))
     except KeyboardInterrupt:
-        return say(INTERRUPTED, "interrupted; run the same command again to go on")
+        return say(
+            INTERRUPTED,
+            "interrupted; run the same command again: what was finished is kept by `run`,"
+            " `search` and `sweep`",
+        )
     except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
         err.print_exception()
         return say(FAILED, f"{type(error).__name__}: {error}; please report it with what is above")

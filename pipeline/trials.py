@@ -215,9 +215,10 @@ def _own(budget: Budget) -> Budget:
 
 def _timed(work: Work, what: str, act: Callable[[], T]) -> tuple[T, float]:
     """Return what an act gives, which is in the store afterwards, and what it took at first."""
+    made: list[T] = []
 
     def make(_: Path) -> dict[str, Any]:
-        act()
+        made.append(act())
         return {}
 
     described = work.recipe.model_dump(mode="json")
@@ -230,4 +231,4 @@ def _timed(work: Work, what: str, act: Callable[[], T]) -> tuple[T, float]:
         "machine": work.machine.identity(),
     }
     seconds: float = work.make("tried", key, make).about["seconds"]
-    return act(), seconds
+    return made[0] if made else act(), seconds

@@ -15,7 +15,7 @@ CONFIGS = ROOT / "configs"
 def test_a_shipped_recipe_is_read(path):
     opened, settings = space.read(path)
     command = "search" if opened.open else "run"
-    recipe = search.read(path)[2] if opened.open else Recipe.from_yaml(path)
+    recipe = search.read(path)[2][0] if opened.open else Recipe.from_yaml(path)
     assert bool(settings) == bool(opened.open)
     assert recipe.steps[-1].step == "export"
     assert f"secateur {command} configs/{path.name}" in path.read_text()
