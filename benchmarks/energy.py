@@ -2,11 +2,14 @@
 
 Intel's and AMD's counters (RAPL), as the kernel shows them. Virtual machines have none, and most
 distributions let only root read them. Nothing is estimated: without a sensor there is no number.
+That of a GPU: nvidia.py.
 
 https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,9 +18,9 @@ POWERCAP: Final = Path("/sys/class/powercap")
 
 @dataclass(frozen=True)
 class Counter:
-    """A counter of one processor package: microjoules, which begin again after `wraps`."""
+    """A counter of a processor package or a GPU: microjoules, which begin again after `wraps`."""
 
-    path: Path
+    microjoules: Callable[[], int]
     wraps: int
 
 
@@ -30,12 +33,16 @@ def counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
     found = []
     for package in packages:
         try:
-            (package / "energy_uj").read_text()
+            _microjoules(package / "energy_uj")
             wraps = int((package / "max_energy_range_uj").read_text())
         except OSError as error:
             return [], f"the energy counter cannot be read: {error.strerror}"
-        found.append(Counter(package / "energy_uj", wraps))
+        found.append(Counter(partial(_microjoules, package / "energy_uj"), wraps))
     return found, ""
+
+
+def _microjoules(path: Path) -> int:
+    return int(path.read_text())
 
 
 def _name(zone: Path) -> str:
@@ -47,7 +54,7 @@ def _name(zone: Path) -> str:
 
 def read(found: list[Counter]) -> list[int]:
     """Return what the counters stand at."""
-    return [int(counter.path.read_text()) for counter in found]
+    return [counter.microjoules() for counter in found]
 
 
 def joules(found: list[Counter], before: list[int], after: list[int]) -> float:

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from benchmarks import nvidia
 from benchmarks.memory import peak_rss_bytes
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -121,6 +122,15 @@ class Worker:
         """Return the largest resident set of the process so far."""
         peak: int = self._ask({"do": "memory"})["peak_rss_bytes"]
         return peak
+
+    def device_bytes(self) -> int | None:
+        """Return by how much the GPU's memory in use rose since before the artifact was opened.
+
+        Runtimes keep what they once took, so this is a peak, with the driver's own part of it;
+        right if nothing else uses the device meanwhile. None on the CPU, or if nobody tells.
+        """
+        used: int | None = self._ask({"do": "memory"})["device_bytes"]
+        return used
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -224,6 +234,7 @@ def main(opener: str, folder: str, device: str, threads: str) -> None:
     module, _, name = opener.partition(":")
     open_predictor = getattr(import_module(module), name)
     floor = peak_rss_bytes()
+    used = nvidia.used_bytes() if device == "cuda" else None
     start = time.perf_counter_ns()
     predictor: Predictor = open_predictor(Path(folder), device=device, threads=int(threads))
     load_seconds = (time.perf_counter_ns() - start) / 1e9
@@ -248,7 +259,9 @@ def main(opener: str, folder: str, device: str, threads: str) -> None:
                 drive = import_module("benchmarks.loadgen").drive
                 reply = drive(predictor, held[command["load"]], command["settings"])
             case "memory":
-                reply = {"peak_rss_bytes": peak_rss_bytes()}
+                reply = {"peak_rss_bytes": peak_rss_bytes(), "device_bytes": None}
+                if used is not None and (now := nvidia.used_bytes()) is not None:
+                    reply["device_bytes"] = now - used
         print(json.dumps(reply), file=line)
 
 

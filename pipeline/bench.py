@@ -16,7 +16,8 @@ import numpy as np
 from benchmarks import limits, loadgen, machine, speed
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
-from pipeline import candidates, openers
+from exporters.onnx import counting
+from pipeline import candidates, on_device, openers
 from pipeline.candidates import Candidate
 from pipeline.turns import SCENARIOS, Bench, Results, Settings, sensors
 
@@ -70,6 +71,7 @@ def compare(
     counted = settings.scenario in {"single-stream", "multi-stream"}
     if counted:
         _add_limits(this, results)
+        _add_device_times(this, results)
     return {
         "schema": SCHEMA,
         "settings": asdict(settings) | {"text": settings.text and str(settings.text)},
@@ -111,7 +113,23 @@ def _alone(this: Bench, name: str) -> dict[str, Any]:
             "first_call_ms": first,
             "import_floor_bytes": worker.import_floor_bytes,
             "peak_rss_bytes": worker.peak_rss_bytes(),
+            "device_bytes": worker.device_bytes(),
         }
+
+
+def _add_device_times(this: Bench, results: Results) -> None:
+    """Add what a call takes without copies, on a device; and the nodes that are left to the CPU."""
+    settings = this.settings
+    for name, each in this.found.items():
+        given = this.inputs[name]
+        place = each.graph or each.source
+        times = on_device.times_ms(
+            each.runtime, place, given, device=settings.device, threads=settings.threads
+        )
+        for at, result in enumerate(results[name]):
+            result["device_ms"] = None if times is None else times[at]
+            if times is not None and each.graph is not None:
+                result["nodes"] = counting.providers(each.graph, given[at], settings.device)
 
 
 def _add_limits(this: Bench, results: Results) -> None:

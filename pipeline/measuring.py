@@ -20,6 +20,7 @@ from benchmarks.outcomes import Outcomes
 from benchmarks.tasks import Task
 from benchmarks.worker import Worker
 from exporters import tensorrt
+from pipeline import on_device
 from pipeline.openers import OPENERS
 from pipeline.store import Store
 
@@ -56,13 +57,15 @@ class Bench:
 
 @dataclass(frozen=True)
 class Alone:
-    """What was measured of one artifact by itself."""
+    """What was measured of one artifact by itself; `device_ms` as on_device.py has it, by load."""
 
     outcomes: Outcomes
     load_seconds: float
     import_floor_bytes: int
     peak_rss_bytes: int
+    device_bytes: int | None
     first_call_ms: list[float]
+    device_ms: list[float] | None
 
 
 def alone(bench: Bench, folder: Path, digest: str) -> Alone:
@@ -72,15 +75,21 @@ def alone(bench: Bench, folder: Path, digest: str) -> Alone:
         with open_worker(bench, folder) as worker:
             first = [speed.first_call_ms(worker, load) for load in loads(bench)]
             # Before the evaluation, whose batches are not the target's loads.
-            peak = worker.peak_rss_bytes()
+            peak, used = worker.peak_rss_bytes(), worker.device_bytes()
             outcomes = evaluate(worker, bench.task, bench.examples, bench.padding, bench.track)
             outcomes.save(target / "outcomes.safetensors")
-            return {
+            about = {
                 "load_seconds": worker.load_seconds,
                 "import_floor_bytes": worker.import_floor_bytes,
                 "peak_rss_bytes": peak,
+                "device_bytes": used,
                 "first_call_ms": first,
             }
+        where = bench.target
+        times = on_device.times_ms(
+            where.runtime, folder, loads(bench), device=where.device, threads=where.threads
+        )
+        return about | {"device_ms": times}
 
     key = _key(bench) | {"artifact": digest, "evidence": bench.evidence}
     entry = bench.store.get("measured", key, make)

@@ -17,6 +17,14 @@ OPENERS: Final[Mapping[str, str]] = {
 }
 
 
+RESIDENT: Final[Mapping[str, str]] = {
+    "torch": "pipeline.checkpoint:open_resident",
+    "onnxruntime": "exporters.onnx:resident",
+    "tensorrt": "exporters.tensorrt:open_resident",
+}
+"""What opens a folder, or for ONNX Runtime a graph, whose outputs stay on the device."""
+
+
 def opener(runtime: str) -> Callable[..., Any]:
     """Return the function that opens a folder: `opener(folder, device=..., threads=...)`."""
     module, _, function = OPENERS[runtime].partition(":")

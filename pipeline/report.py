@@ -36,7 +36,8 @@ class Load:
     """Speed at one input shape.
 
     `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's;
-    `first_call_ms` is that of the first call at this shape, in a fresh process.
+    `first_call_ms` is that of the first call at this shape, in a fresh process; `device_ms` the
+    median of a call without the copies to a device and back, None on the CPU.
     """
 
     batch: int
@@ -46,6 +47,7 @@ class Load:
     throughput_per_s: float
     speedup: Ratio
     gain: Ratio
+    device_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _stage(work: Work, artifact: Artifact, alone: Alone, baseline: Outcomes) -> 
         memory={
             "peak_rss_bytes": alone.peak_rss_bytes,
             "import_floor_bytes": alone.import_floor_bytes,
-            "device_peak_bytes": None,
+            "device_peak_bytes": alone.device_bytes,
         },
         load_seconds=alone.load_seconds,
         heads=tuple(about["heads"]),
@@ -132,6 +132,7 @@ def _loads(
                 sequence=sequence if "sequence" in bench.task.axes else None,
                 latency_ms=speed.percentiles(calls),
                 first_call_ms=alone.first_call_ms[at],
+                device_ms=None if alone.device_ms is None else alone.device_ms[at],
                 throughput_per_s=batch * 1e3 / float(np.mean(calls)),
                 speedup=speed.ratio(first[at], this[at]),
                 gain=speed.ratio(previous[at], this[at]),

@@ -286,8 +286,9 @@ def show_bench(found: Mapping[str, Any]) -> None:
     from pipeline.report import BUSY
 
     artifacts = found["artifacts"]
+    on_device = ["MB on device"] * (artifacts[0]["device_bytes"] is not None)
     show_table(
-        ("artifact", "runtime", "MB", "parameters", "load s", "first ms", "peak MB"),
+        ("artifact", "runtime", "MB", "parameters", "load s", "first ms", "peak MB", *on_device),
         [
             (
                 each["name"],
@@ -297,6 +298,7 @@ def show_bench(found: Mapping[str, Any]) -> None:
                 f"{each['load_seconds']:.2f}",
                 f"{each['first_call_ms'][0]:.1f}",
                 f"{each['peak_rss_bytes'] / 1e6:.0f}",
+                *(f"{each['device_bytes'] / 1e6:.0f}" for _ in on_device),
             )
             for each in artifacts
         ],
@@ -354,6 +356,7 @@ TIMES: Final[Columns] = {
     "p90": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p90"]),
     "p95": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p95"]),
     "p99": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p99"]),
+    "ms on device": lambda r: f"{r['device_ms']:.2f}",
     "first token ms": lambda r: _or_dash("{:.2f}", r["first_token_ms"]["p50"]),
     "other tokens ms": lambda r: _or_dash("{:.2f}", r["token_ms"]["p50"]),
     "tokens per s": lambda r: f"{r['tokens_per_s']:.1f}",
@@ -367,6 +370,7 @@ WORK: Final[Columns] = {
     "million multiply-adds": lambda r: f"{sum(r['multiply_adds'].values()) / 1e6:,.1f}",
     "of peak rate": lambda r: f"{r['limit']['compute']:.0%}",
     "of reading weights": lambda r: f"{r['limit']['weights']:.0%}",
+    "nodes on the CPU": lambda r: str(r["nodes"].get("CPUExecutionProvider", 0)),
     "watts": lambda r: f"{r['watts']:.1f}",
 }
 

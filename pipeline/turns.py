@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks import energy, scenarios, speed
+from benchmarks import energy, nvidia, scenarios, speed
 from benchmarks.accuracy import Track
 from benchmarks.examples import Arrays
 from benchmarks.speed import Turns
@@ -254,9 +254,7 @@ def _take_turns(
 
 def sensors(settings: Settings) -> tuple[list[energy.Counter], str]:
     """Return what tells the power that is used, or nothing and the reason."""
-    if settings.device != "cpu":
-        return [], f"only the processor's power is read, not that of {settings.device}"
-    return energy.counters()
+    return nvidia.counters() if settings.device == "cuda" else energy.counters()
 
 
 def _result(

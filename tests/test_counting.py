@@ -81,6 +81,15 @@ def test_attention_as_one_operator(tmp_path):
     assert found == {"fp32": made + attended}
 
 
+def test_nodes_are_told_by_who_computed_them(tmp_path):
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["y"]),
+    ]
+    path = write(tmp_path, nodes, (2, 3), weights={"w": ones(3, 4)})
+    assert counting.providers(path, {"x": ones(2, 3)}, "cpu") == {"CPUExecutionProvider": 2}
+
+
 def test_what_is_not_known_is_not_counted(tmp_path):
     node = helper.make_node("Einsum", ["x", "w"], ["y"], equation="ab,bc->ac")
     path = write(tmp_path, [node], (2, 3), weights={"w": ones(3, 4)})

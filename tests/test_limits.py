@@ -1,8 +1,12 @@
 """What a machine can do at most, and the energy that it uses."""
 
+import sys
+from types import SimpleNamespace
+
+import pynvml
 import pytest
 
-from benchmarks import energy, limits, machine
+from benchmarks import energy, limits, machine, nvidia
 
 
 def test_limits_are_rates_of_what_can_be_measured():
@@ -37,6 +41,60 @@ def test_no_sensor_is_a_reason(tmp_path):
     (tmp_path / "intel-rapl:0").mkdir()
     (tmp_path / "intel-rapl:0" / "name").write_text("package-0\n")
     assert energy.counters(tmp_path)[1].startswith("the energy counter cannot be read")
+
+
+class Nvml:
+    """NVIDIA's library with two devices; each call tells more millijoules."""
+
+    NVMLError = pynvml.NVMLError
+
+    def __init__(self):
+        self.asked, self.millijoules = [], 0
+
+    def nvmlInit(self):  # noqa: N802
+        pass
+
+    def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
+        self.asked.append(index)
+        return index
+
+    nvmlDeviceGetHandleByUUID = nvmlDeviceGetHandleByIndex  # noqa: N815
+
+    def nvmlDeviceGetMemoryInfo(self, handle):  # noqa: N802
+        return SimpleNamespace(used=5_000_000)
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
+        if handle == 1:
+            raise self.NVMLError(3)  # not supported
+        self.millijoules += 2000
+        return self.millijoules
+
+
+def test_a_gpus_counters_are_those_of_the_visible_device(monkeypatch):
+    library = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert nvidia.used_bytes() == 5_000_000
+    found, reason = nvidia.counters()
+    assert reason == ""
+    assert energy.joules(found, energy.read(found), energy.read(found)) == pytest.approx(2)
+    for visible in ("1,0", "GPU-5bb1", ""):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        nvidia.used_bytes()
+    assert library.asked == [0, 0, 1, "GPU-5bb1", 0]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert nvidia.counters()[1].startswith("the GPU's energy counter cannot be read")
+
+
+@pytest.mark.skipif(machine.describe().gpu is not None, reason="there is a GPU")
+def test_without_a_driver_the_gpus_counters_are_a_reason(monkeypatch):
+    assert nvidia.used_bytes() is None
+    assert nvidia.counters() == (
+        [],
+        "the GPU's counters cannot be read: NVML Shared Library Not Found",
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert nvidia.counters()[1] == "the GPU's counters need nvidia-ml-py, of the extra `gpu`"
 
 
 def test_waiting_only_grows():

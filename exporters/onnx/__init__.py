@@ -8,6 +8,7 @@ import numpy as np
 
 from exporters import ExportError
 from exporters.onnx import graph
+from exporters.onnx.binding import resident
 from exporters.onnx.greedy import decoder_inputs, greedy_search
 from exporters.onnx.session import (
     MODEL,
@@ -32,6 +33,7 @@ __all__ = [
     "generated",
     "open_predictor",
     "predictor",
+    "resident",
     "runtime",
     "verify",
 ]

@@ -10,10 +10,10 @@ B batch, T tokens, S tokens attended to, H width.
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx
 
@@ -69,16 +69,8 @@ def multiply_adds(path: Path, inputs: Arrays) -> dict[str, int]:
     Raises:
         ExportError: it has an operator that multiplies in a way that is not known here.
     """
-    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
-        session = open_session(path, device="cpu", threads=1, profile=Path(folder, "profile"))
-        given = feeder({node.name: node.shape for node in session.get_inputs()})
-        session.run(None, given(inputs))
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     found: Counter[str] = Counter()
-    for event in events:
-        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
-            continue
-        seen = event["args"]
+    for seen in _nodes(path, inputs, "cpu"):
         operator = seen["op_name"]
         if operator in UNKNOWN:
             raise ExportError(
@@ -91,6 +83,29 @@ def multiply_adds(path: Path, inputs: Arrays) -> dict[str, int]:
             precision = "int8" if operator in INT8 else PRECISIONS.get(kind, kind)
             found[precision] += COUNTS[operator](shapes, results)
     return dict(found)
+
+
+def providers(path: Path, inputs: Arrays, device: str) -> dict[str, int]:
+    """Return how many nodes of a call each execution provider computed.
+
+    A session for CUDA leaves to the CPU what CUDA's provider has no kernel for, in silence.
+
+    Raises:
+        ExportError, MissingDependency, NotHere: see `predictor`.
+    """
+    return dict(Counter(seen["provider"] for seen in _nodes(path, inputs, device)))
+
+
+def _nodes(path: Path, inputs: Arrays, device: str) -> Iterator[Mapping[str, Any]]:
+    """Yield what ONNX Runtime says of every node that it computes in one call."""
+    with tempfile.TemporaryDirectory(prefix="secateur-") as folder:
+        session = open_session(path, device=device, threads=1, profile=Path(folder, "profile"))
+        given = feeder({node.name: node.shape for node in session.get_inputs()})
+        session.run(None, given(inputs))
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            yield event["args"]
 
 
 def _shape(described: Mapping[str, Shape]) -> Shape:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from exporters.onnx.binding import keeping_cache
 from exporters.onnx.greedy import Rules, decoder_inputs, greedy_search, rules, start
-from exporters.onnx.session import MODEL, Arrays, files, predictor
+from exporters.onnx.session import MODEL, Arrays, files
 
 
 def open_generator(folder: Path, *, device: str, threads: int) -> Callable[..., NDArray[Any]]:
@@ -65,7 +66,7 @@ def _opened(
     """Return the decoder's predictor, what makes its inputs of prompts, and the rules."""
     found = rules(folder)
     *encoders, decode = (
-        predictor(p, device=device, threads=threads) for p in files(folder / MODEL)
+        keeping_cache(p, device=device, threads=threads) for p in files(folder / MODEL)
     )
     first = start(folder, found) if encoders else None
 

@@ -8,7 +8,7 @@ keeps the graph beside it, so that the engine can be made again.
 """
 
 from exporters.tensorrt.build import RECORDED, Settings, available, build, profile
-from exporters.tensorrt.engine import ENGINE, PLAN, check, described, open_predictor
+from exporters.tensorrt.engine import ENGINE, PLAN, check, described, open_predictor, open_resident
 from exporters.tensorrt.library import gpu
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "described",
     "gpu",
     "open_predictor",
+    "open_resident",
     "profile",
 ]

@@ -117,11 +117,33 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Any:
     Raises:
         ExportError, MissingDependency, NotHere: see `check`.
     """
-    del threads  # the GPU has its own
-    if device != "cuda":
-        raise NotHere(f"target.device: found {device}, expected cuda; engines run on NVIDIA GPUs")
-    about, plan = check(folder)
-    return _predictor(library(about["library"]["name"]), about, plan, folder)
+    engine = _open(folder, device, threads)
+
+    def predict(arrays: Arrays) -> dict[str, NDArray[Any]]:
+        buffers = engine.put(arrays)
+        engine.start()
+        return engine.fetch(buffers)
+
+    return predict
+
+
+def open_resident(folder: Path, *, device: str, threads: int) -> Any:
+    """Return a predictor that leaves all outputs on the device, and returns none of them.
+
+    A batch is put there at its first call, and a call ends when the device has computed. For errors
+    see `open_predictor`.
+    """
+    engine = _open(folder, device, threads)
+    held: list[Any] = [None, None]
+
+    def predict(arrays: Arrays) -> dict[str, NDArray[Any]]:
+        if held[0] is not arrays:
+            held[:] = arrays, engine.put(arrays)
+        engine.start()
+        engine.stream.synchronize()
+        return {}
+
+    return predict
 
 
 def invalid(trt: Any, plan: Buffer) -> str:
@@ -158,41 +180,66 @@ def layers(trt: Any, about: Mapping[str, Any], plan: Buffer) -> str:
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _predictor(trt: Any, about: Mapping[str, Any], plan: bytes, folder: Path) -> Any:
-    import torch
+def _open(folder: Path, device: str, threads: int) -> "_Engine":
+    del threads  # the GPU has its own
+    if device != "cuda":
+        raise NotHere(f"target.device: found {device}, expected cuda; engines run on NVIDIA GPUs")
+    about, plan = check(folder)
+    return _Engine(library(about["library"]["name"]), about, plan, folder)
 
-    engine, runtime = _deserialised(trt, about, plan, folder)
-    context = engine.create_execution_context()
-    held = engine, runtime
-    stream = torch.cuda.Stream()
-    inputs, outputs = about["inputs"], about["outputs"]
 
-    def predict(arrays: Arrays) -> dict[str, NDArray[Any]]:
-        assert held  # both must outlive the context
-        refuse_shapes(about, arrays)
-        with torch.cuda.stream(stream):
+class _Engine:
+    """An engine that is open, and its stream."""
+
+    def __init__(self, trt: Any, about: Mapping[str, Any], plan: bytes, folder: Path) -> None:
+        import torch
+
+        # Both must outlive the context.
+        self._engine, self._runtime = _deserialised(trt, about, plan, folder)
+        self._context = self._engine.create_execution_context()
+        self._about, self._folder = about, folder
+        self.stream = torch.cuda.Stream()
+
+    def put(self, arrays: Arrays) -> dict[str, Any]:
+        """Return inputs and outputs on the device, where the engine is told to find them.
+
+        Raises:
+            ValueError: see `refuse_shapes`.
+        """
+        import torch
+
+        refuse_shapes(self._about, arrays)
+        with torch.cuda.stream(self.stream):
             buffers = {
                 name: torch.from_numpy(np.ascontiguousarray(arrays[name])).to(
                     "cuda", getattr(torch, given["dtype"])
                 )
-                for name, given in inputs.items()
+                for name, given in self._about["inputs"].items()
             }
             for name, buffer in buffers.items():
-                context.set_input_shape(name, tuple(buffer.shape))
-            for name, given in outputs.items():
-                shape = tuple(context.get_tensor_shape(name))
+                self._context.set_input_shape(name, tuple(buffer.shape))
+            for name, given in self._about["outputs"].items():
+                shape = tuple(self._context.get_tensor_shape(name))
                 buffers[name] = torch.empty(
                     shape, dtype=getattr(torch, given["dtype"]), device="cuda"
                 )
             for name, buffer in buffers.items():
-                context.set_tensor_address(name, buffer.data_ptr())
-            if not context.execute_async_v3(stream.cuda_stream):
-                raise RuntimeError(f"{folder}: the engine did not run")
-            found = {name: buffers[name].cpu() for name in outputs}
-        stream.synchronize()
-        return {name: _plain(tensor) for name, tensor in found.items()}
+                self._context.set_tensor_address(name, buffer.data_ptr())
+        return buffers
 
-    return predict
+    def start(self) -> None:
+        """Have the device compute; the stream knows when it is done."""
+        if not self._context.execute_async_v3(self.stream.cuda_stream):
+            raise RuntimeError(f"{self._folder}: the engine did not run")
+
+    def fetch(self, buffers: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+        """Return the outputs, when they are there."""
+        import torch
+
+        with torch.cuda.stream(self.stream):
+            found = {name: buffers[name].cpu() for name in self._about["outputs"]}
+        self.stream.synchronize()
+        return {name: _plain(tensor) for name, tensor in found.items()}
 
 
 def _plain(tensor: Any) -> NDArray[Any]:

@@ -1,0 +1,58 @@
+"""The GPU's own counters, as NVIDIA's library tells them (NVML): memory in use, and energy.
+
+Of the first device that CUDA shows this process, by `CUDA_VISIBLE_DEVICES`; numbers there, and
+without it, are taken in the order of the bus.
+
+https://docs.nvidia.com/deploy/nvml-api
+"""
+
+import os
+from typing import Any
+
+from benchmarks.energy import Counter
+
+
+def used_bytes() -> int | None:
+    """Return the bytes of the device's memory that are in use, by whomever; None if nobody tells.
+
+    What NVML says of single processes is hidden from containers.
+    """
+    device, _ = _device()
+    if device is None:
+        return None
+    import pynvml
+
+    return int(pynvml.nvmlDeviceGetMemoryInfo(device).used)
+
+
+def counters() -> tuple[list[Counter], str]:
+    """Return the counter of the device's energy, or none and the reason."""
+    device, reason = _device()
+    if device is None:
+        return [], reason
+    import pynvml
+
+    def microjoules() -> int:
+        return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(device)) * 1000
+
+    try:
+        microjoules()
+    except pynvml.NVMLError as error:
+        return [], f"the GPU's energy counter cannot be read: {error}"
+    return [Counter(microjoules, wraps=1 << 63)], ""
+
+
+def _device() -> tuple[Any, str]:
+    """Return NVML's handle of the device, or None and the reason."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, "the GPU's counters need nvidia-ml-py, of the extra `gpu`"
+    name = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0].strip() or "0"
+    try:
+        pynvml.nvmlInit()
+        if name.isdigit():
+            return pynvml.nvmlDeviceGetHandleByIndex(int(name)), ""
+        return pynvml.nvmlDeviceGetHandleByUUID(name), ""
+    except pynvml.NVMLError as error:
+        return None, f"the GPU's counters cannot be read: {error}"
