@@ -42,6 +42,8 @@ PLACES: Final = {SLICE: "budget.slices"}
 """Where in a recipe the column of a role is named, if not under task.columns."""
 # From the most to the least protected: an overlap is mended in the later one.
 PROTECTION: Final = ("gate", "selection", "calibration", "train")
+JUDGING: Final = frozenset({"gate", "selection"})
+"""The splits by which models are judged: an example that is there twice would count twice."""
 
 
 class DataError(ValueError):
@@ -63,7 +65,7 @@ def load(
 
     Raises:
         DataError: no such file, split or column; an empty split; two splits that share an example,
-            or an example that the gate's has twice.
+            or an example that one of `JUDGING` has twice.
     """
     tables = _read(source, subset)
     more = {"gate": {SLICE: slice_column}} if slice_column else {}
@@ -263,12 +265,12 @@ def _separate(rows: Splits, overlap: Literal["error", "drop"]) -> None:
                 f" to take them out of {name}"
             )
         rows[name] = [row for row in rows[name] if row["id"] not in taken]
-        if name == "gate":
+        if name in JUDGING:
             once = {row["id"]: row for row in reversed(rows[name])}
             twice = len(rows[name]) - len(once)
             if twice and overlap == "error":
                 raise DataError(
-                    f"task.splits: gate holds {twice} of {len(rows[name])} examples again, expected"
+                    f"task.splits: {name} holds {twice} of {len(rows[name])} examples again, expected"
                     " each of them once; set `overlap: drop` under task to keep the first"
                 )
             rows[name] = [row for row in rows[name] if once[row["id"]] is row]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.checkpoint import from_pretrained, save_pretrained
+    from pipeline.gptq_by_blocks import quantize_by_blocks
     from pipeline.out_of_core import prune_by_blocks
     from pipeline.pruning import (
         prune_heads,
@@ -25,6 +26,7 @@ _HOMES = {
     "Recipe": "pipeline.recipe",
     "from_pretrained": "pipeline.checkpoint",
     "prune_by_blocks": "pipeline.out_of_core",
+    "quantize_by_blocks": "pipeline.gptq_by_blocks",
     "prune_heads": "pipeline.pruning",
     "prune_layers": "pipeline.pruning",
     "prune_neurons": "pipeline.pruning",
@@ -42,6 +44,7 @@ __all__ = [
     "prune_layers",
     "prune_neurons",
     "prune_queries",
+    "quantize_by_blocks",
     "run",
     "save_pretrained",
     "units",

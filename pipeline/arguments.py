@@ -49,6 +49,11 @@ def parser() -> argparse.ArgumentParser:
     _prune_arguments(
         commands.add_parser("prune", help="cut a model larger than memory, block by block")
     )
+    _quantize_arguments(
+        commands.add_parser(
+            "quantize", help="quantize a model larger than memory to 4 bits (GPTQ), block by block"
+        )
+    )
     verify = commands.add_parser(
         "verify", help="whether a released artifact is what was released; without torch"
     )
@@ -144,8 +149,30 @@ def _prune_arguments(parser: argparse.ArgumentParser) -> None:
         "--multiple", type=_count, default=1, metavar="N", help="of what is left of neurons"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the criterion random")
+    _calibration_arguments(parser)
+
+
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a new one")
     parser.add_argument(
-        "--text", type=Path, metavar="FILE", help="lines to calibrate on, one a window"
+        "--block-size",
+        type=_count,
+        default=128,
+        metavar="N",
+        help="inputs of an output that share a scale; default: 128",
+    )
+    _calibration_arguments(parser, required=True)
+
+
+def _calibration_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add what says on which text a model is looked at block by block."""
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        required=required,
+        help="lines to calibrate on, a window each",
     )
     parser.add_argument(
         "--max-length", type=_count, default=512, metavar="N", help="tokens of a line; default: 512"

@@ -27,7 +27,6 @@ from pipeline import calibration, checkpoint, structure, tensors, trust
 from pipeline.architectures import ARCHITECTURES
 from pipeline.calibration import Batch, Moments
 from pipeline.checkpoint import ModelError
-from pipeline.structure import Group
 from pipeline.tensors import Place
 
 STATES: Final = "hidden_states"
@@ -205,21 +204,21 @@ class _Record:
 
 def walk(
     blocks: Blocks,
-    groups: Sequence[Group],
+    readers: Callable[[str], Mapping[str, nn.Module]],
     data: Callable[[], Iterable[Batch]] | None,
     activations: Path | None,
     *,
     what: str,
     track: Track = silent,
-) -> Iterator[tuple[str, list[Group], dict[str, Moments]]]:
-    """Yield each block's path, its groups, and their readers' second moments, the block loaded.
+) -> Iterator[tuple[str, dict[str, Moments]]]:
+    """Yield each block's path, and the second moments of what is read in it, the block loaded.
 
     The moments are those of the whole model as it lies in the files, whatever is done to a block
     that was yielded, and are gone when the next one is. Without data there are none.
 
     Args:
         blocks: the model.
-        groups: those of its groups that are asked for.
+        readers: gives the modules of the block at a path, by any name.
         data: gives the calibration batches, anew each time.
         activations: a folder for the states between blocks; None keeps them in memory.
         what: is done, in a few words.
@@ -234,13 +233,12 @@ def walk(
     numbers = range(len(blocks.layers))
     for at in track(numbers, what, len(numbers)):
         path = blocks.name(at)
-        own = [g for g in groups if g.path == path or g.path.startswith(f"{path}.")]
         with loaded(blocks, path) as block:
             seen: dict[str, Moments] = {}
             if data:
-                readers = {group.path: group.reader for group in own}
-                seen = calibration.moments_of(_through(block, at, kept, given), readers, data())
-            yield path, own, seen
+                run = _through(block, at, kept, given)
+                seen = calibration.moments_of(run, readers(path), data())
+            yield path, seen
             seen.clear()  # whoever was given it may still hold it
 
 

@@ -10,7 +10,7 @@ B examples of a batch, T tokens, U units, I inputs of a matrix, w inputs of a un
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -225,6 +225,8 @@ def moments_of(
 ) -> dict[str, Moments]:
     """Return the second moments of the readers' inputs while `run` is called with every batch.
 
+    Readers of one tensor, called one after the other, share theirs.
+
     `decodes`: readers with "decoder" in their name see the tokens of the decoder.
 
     Raises:
@@ -251,7 +253,8 @@ def moments_of(
             part = rows[tokens.bool() & chosen[:, None]]
             moment.addmm_(part.T, part)
 
-    with watching(readers, see):
+    once, shared = _sharing(see)
+    with watching(readers, once):
         for batch in data:
             size = len(next(iter(batch.values())))
             held_out = torch.arange(count, count + size) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -266,4 +269,25 @@ def moments_of(
     for name, moment in found.items():
         if not (moment.fit.isfinite().all() and moment.held_out.isfinite().all()):
             raise FloatingPointError(f"{name}: found NaN or infinity, expected numbers")
-    return found
+    return found | {name: found[other] for name, other in shared.items()}
+
+
+def _sharing(
+    see: Callable[[str, Tensor], None],
+) -> tuple[Callable[[str, Tensor], None], dict[str, str]]:
+    """Return `see` for the first of those that read one tensor, and the others, to find it by."""
+    shared: dict[str, str] = {}
+    known: set[str] = set()
+    latest: list[Any] = ["", None]
+
+    def once(name: str, states: Tensor) -> None:
+        first, before = latest
+        same = states is before and ("decoder" in name) == ("decoder" in first)
+        if name in shared or (same and name not in known):
+            shared.setdefault(name, first)
+            return
+        known.add(name)
+        latest[:] = name, states
+        see(name, states)
+
+    return once, shared

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from rich.markup import escape
 from rich.table import Table
@@ -323,11 +323,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _prune(options: argparse.Namespace) -> int:
     from pipeline import checkpoint, out_of_core, pruning
 
-    data = None
-    if options.text:
-        data = out_of_core.text_batches(
-            options.model, options.text, max_length=options.max_length, batch=options.batch
-        )
+    data = _calibration(options) if options.text else None
     with progress() as bars:
         out_of_core.prune_by_blocks(
             options.model,
@@ -344,12 +340,39 @@ def _prune(options: argparse.Namespace) -> int:
             track=Bars(bars),
         )
     left = pruning.units(checkpoint.without_weights(options.folder))
-    size = sum(path.stat().st_size for path in options.folder.glob("*.safetensors"))
-    out.print(
-        f"{escape(str(options.folder))}: {sum(left.heads.values()):,} heads and"
-        f" {sum(left.neurons.values()):,} neurons left, {size / 1e6:,.1f} MB; not measured",
-        soft_wrap=True,
+    heads, neurons = sum(left.heads.values()), sum(left.neurons.values())
+    return _written(options.folder, f"{heads:,} heads and {neurons:,} neurons left")
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from pipeline.gptq_by_blocks import quantize_by_blocks
+
+    with progress() as bars:
+        found = quantize_by_blocks(
+            options.model,
+            options.folder,
+            data=_calibration(options),
+            block_size=options.block_size,
+            activations=options.activations,
+            track=Bars(bars),
+        )
+    said = "{quantized_layers:,} matrices in 4 bits, {left_layers:,} as they were"
+    return _written(options.folder, said.format(**found))
+
+
+def _calibration(options: argparse.Namespace) -> Any:
+    """Return what gives the batches of a text."""
+    from pipeline import out_of_core
+
+    return out_of_core.text_batches(
+        options.model, options.text, max_length=options.max_length, batch=options.batch
     )
+
+
+def _written(folder: Path, what: str) -> int:
+    """Say what was written block by block."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    out.print(f"{escape(str(folder))}: {what}, {size / 1e6:,.1f} MB; not measured", soft_wrap=True)
     return 0
 
 
@@ -429,6 +452,7 @@ COMMANDS: Final[Mapping[str, Callable[[argparse.Namespace], int]]] = {
     "search": _search,
     "inspect": _inspect,
     "prune": _prune,
+    "quantize": _quantize,
     "verify": _verify,
     "sign": _sign,
     "store": _store,

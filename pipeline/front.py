@@ -98,7 +98,7 @@ class Found:
     """What a search came to; of the finalists the last may have passed.
 
     `first` is one of its recipes, `confidence` that at which finalists are judged, `note` why no
-    other one met the gate split.
+    other one met the gate split, `fewer` why there are fewer candidates than trials.
     """
 
     first: Recipe
@@ -109,6 +109,7 @@ class Found:
     finalists: Sequence[Finalist] = ()
     ended: bool = False
     note: str = ""
+    fewer: str = ""
 
     @property
     def outcome(self) -> str:

@@ -78,17 +78,8 @@ def quantize(
         QuantizationError: no matrix fits the format.
     """
     where, layers = _stack(model)
-    fitting = [_fitting(layer, block_size) for layer in layers]
-    names = [name for name in fitting[0] if all(fits.get(name) for fits in fitting)]
-    if not names:
-        raise QuantizationError(
-            f"{METHOD}: found no matrix in {where} whose inputs and outputs are multiples of"
-            f" {PACKED}, and its inputs of block_size {block_size}, in every layer, expected one at"
-            f" least; cut neurons with `multiple: {PACKED}`, or quantize with int4-weights and"
-            " `algorithm: gptq`"
-        )
+    names, left = chosen(where, layers, block_size)
     paths = [f"{where}.{at}.{name}" for at in range(len(layers)) for name in names]
-    every = sum(map(len, fitting))
     gptq = library()
     with quiet():
         quantizer = gptq.GPTQQuantizer(
@@ -101,12 +92,32 @@ def quantize(
         quantizer.quantize_model(model)
         # The library reads names as endings, and `output.dense` is the ending of two in BERT; the
         # name of the stack it leaves out, and of the format it tells the one that `save` changes.
-        quantizer.modules_in_block_to_quantize = None if len(paths) == every else [paths]
+        quantizer.modules_in_block_to_quantize = [paths] if left else None
         quantizer.dataset = None
         told = quantizer.to_dict() | {"block_name_to_quantize": where, "format": "gptq"}
         setattr(model.config, "quantization_config", told)  # noqa: B010 - not declared
         quantizer.save(model, folder)
-    return {"quantized_layers": len(paths), "left_layers": every - len(paths)}
+    return {"quantized_layers": len(paths), "left_layers": left}
+
+
+def chosen(where: str, layers: nn.ModuleList, block_size: int) -> tuple[list[str], int]:
+    """Return the names of a layer's matrices that fit the format in every layer, in their order.
+
+    And how many others there are in all layers.
+
+    Raises:
+        QuantizationError: none fits.
+    """
+    fitting = [_fitting(layer, block_size) for layer in layers]
+    names = [name for name in fitting[0] if all(fits.get(name) for fits in fitting)]
+    if not names:
+        raise QuantizationError(
+            f"{METHOD}: found no matrix in {where} whose inputs and outputs are multiples of"
+            f" {PACKED}, and its inputs of block_size {block_size}, in every layer, expected one at"
+            f" least; cut neurons with `multiple: {PACKED}`, or quantize with int4-weights and"
+            " `algorithm: gptq`"
+        )
+    return names, sum(map(len, fitting)) - len(names) * len(layers)
 
 
 def _stack(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

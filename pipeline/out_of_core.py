@@ -8,7 +8,7 @@ that runs before the blocks (the embedding table).
 """
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shutil import copyfile, rmtree
@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy import Track, silent
@@ -95,7 +95,7 @@ def prune_by_blocks(
     _check(fractions, criterion, repair, multiple, data)
     if folder.exists():
         raise ModelError(f"{folder}: there already, expected a new folder")
-    _return_what_is_freed()
+    return_what_is_freed()
     this = blocks.open_blocks(source)
     groups = [g for g in structure.groups(this.model) if g.kept and fractions.get(g.kind)]
     try:
@@ -104,13 +104,17 @@ def prune_by_blocks(
         raise RecipeError(str(error)) from error
     choices: list[Choice] = []
 
+    def readers(path: str) -> dict[str, nn.Module]:
+        return {group.path: group.reader for group in _within(groups, path)}
+
     def make(unfinished: Path) -> None:
         states = unfinished / ".activations"
         kept = states if activations == "disk" else None
-        walk = partial(blocks.walk, this, groups, activations=kept, track=track)
+        walk = partial(blocks.walk, this, readers, activations=kept, track=track)
         known = pruning.gather(this.model, groups, criterion, lambda: (), seed=seed, total=0)
         needed = data if criterion in MOMENTS else None
-        scores = _scores(criterion, known, walk(data=needed, what="scoring, block by block"))
+        steps = walk(data=needed, what="scoring, block by block")
+        scores = _scores(criterion, known, groups, steps)
         lowest = pruning.lowest_of(groups, scores, fractions, uniform=per_layer, multiple=multiple)
         if not any(map(len, lowest.values())):
             raise RecipeError(
@@ -121,9 +125,9 @@ def prune_by_blocks(
         planned = _planned(source, groups, lowest)
         needed = None if repair == "none" else data
         steps = walk(data=needed, what="cutting, block by block")
-        repairs = _write(this, planned, lowest, steps, repair=repair, folder=unfinished)
+        repairs = _write(this, planned, groups, lowest, steps, repair=repair, folder=unfinished)
         rmtree(states, ignore_errors=True)
-        _write_around(source, planned, unfinished)
+        write_around(source, planned, unfinished)
         listed = {path: found.tolist() for path, found in scores.items()}
         choices.append(Choice(listed, removed, repairs, {g.path: list(g.kept) for g in groups}))
 
@@ -131,7 +135,7 @@ def prune_by_blocks(
     return choices[0]
 
 
-def _return_what_is_freed() -> None:
+def return_what_is_freed() -> None:
     """Have the C library give pieces of memory back to the system when they are freed.
 
     glibc begins with those from 128 KiB on and learns to keep ever larger ones, and the holes
@@ -172,17 +176,24 @@ def _check(
         )
 
 
-Steps = Iterator[tuple[str, list[Group], dict[str, calibration.Moments]]]
+Steps = Iterator[tuple[str, dict[str, calibration.Moments]]]
 """What `blocks.walk` yields."""
 
 
+def _within(groups: Iterable[Group], path: str) -> list[Group]:
+    """Return the groups of the block at a path."""
+    return [group for group in groups if f"{group.path}.".startswith(f"{path}.")]
+
+
 @torch.no_grad()
-def _scores(criterion: str, known: pruning.Known, steps: Steps) -> dict[str, Tensor]:
+def _scores(
+    criterion: str, known: pruning.Known, groups: Sequence[Group], steps: Steps
+) -> dict[str, Tensor]:
     """Return the scores `(U,)` of each group's units by its path."""
     return {
         group.path: CRITERIA[criterion](known(group, seen.get(group.path)))
-        for _, own, seen in steps
-        for group in own
+        for path, seen in steps
+        for group in _within(groups, path)
     }
 
 
@@ -203,6 +214,7 @@ def _planned(
 def _write(
     this: Blocks,
     planned: PreTrainedModel,
+    groups: Sequence[Group],
     lowest: Mapping[str, Tensor],
     steps: Steps,
     *,
@@ -218,8 +230,8 @@ def _write(
     repairs: dict[str, tuple[float, float]] = {}
     left = dict(this.saved)
     with tensors.Writer(folder, layout) as writer:
-        for path, own, seen in steps:
-            for group in own:
+        for path, seen in steps:
+            for group in _within(groups, path):
                 if not len(lowest[group.path]):
                     continue
                 places, weight = pruning.others(lowest[group.path], len(group.kept)), None
@@ -235,7 +247,7 @@ def _write(
     return repairs
 
 
-def _write_around(source: Path, planned: PreTrainedModel, folder: Path) -> None:
+def write_around(source: Path, planned: PreTrainedModel, folder: Path) -> None:
     """Write the configuration, and copy what else belongs to the model."""
     for path in source.iterdir():
         index = path.name.endswith(".index.json") or path.name == MANIFEST

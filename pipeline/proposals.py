@@ -31,6 +31,11 @@ class Proposals:
         if self._listed is None:
             self._study = _study(trials, seed)
 
+    @property
+    def nothing_left(self) -> bool:
+        """Whether all there is was proposed."""
+        return self._listed == []
+
     def ask(self) -> dict[str, float] | None:
         """Return what to pick by the places of the open values; None if nothing is left."""
         if self._listed is not None:

@@ -100,8 +100,10 @@ def search(
         tell(now)
         return now
 
-    for candidates in _explore(work, opened, settings):
+    proposals = Proposals(opened, settings.trials, first.seed)
+    for candidates in _explore(work, opened, settings, proposals):
         found = note(candidates=candidates)
+    found = replace(found, fewer=_fewer(found, proposals))
     why = ""
     for candidate in front.finalists(found.candidates, settings.best):
         judged = {*ledger.judged(output, (each.id for each in work.examples("gate")))}
@@ -183,13 +185,29 @@ def as_finalist(recipe: Recipe, settings: Settings) -> Recipe:
     return recipe.model_copy(update={"budget": budget})
 
 
-def _explore(work: Work, opened: Space, settings: Settings) -> Iterator[tuple[Candidate, ...]]:
+def _fewer(found: Found, proposals: Proposals) -> str:
+    """Return why there are fewer candidates than trials, nothing if there are no more recipes."""
+    tried, trials = len(found.candidates), found.settings.trials
+    if tried == trials or proposals.nothing_left:
+        return ""
+    if _spent(found.candidates) >= found.settings.seconds:
+        return f"The time was over after {tried} of {trials} trials."
+    return (
+        f"After {tried} of {trials} trials nothing new was proposed, in {ASKED * trials} proposals."
+    )
+
+
+def _spent(candidates: Sequence[Candidate]) -> float:
+    return sum(candidate.seconds for candidate in candidates)
+
+
+def _explore(
+    work: Work, opened: Space, settings: Settings, proposals: Proposals
+) -> Iterator[tuple[Candidate, ...]]:
     """Yield the candidates so far, after each."""
-    proposals = Proposals(opened, settings.trials, work.recipe.seed)
     candidates: list[Candidate] = []
     for _ in range(ASKED * settings.trials):
-        spent = sum(candidate.seconds for candidate in candidates)
-        if len(candidates) == settings.trials or spent >= settings.seconds:
+        if len(candidates) == settings.trials or _spent(candidates) >= settings.seconds:
             return
         picked = proposals.ask()
         if picked is None:

@@ -45,6 +45,7 @@ def content(found: Found) -> dict[str, Any]:
         "artifact": last.artifact if last and passed else None,
         "better_beyond_budget": dearer.number if dearer else None,
         "note": found.note,
+        "fewer": found.fewer,
     }
 
 
@@ -102,7 +103,11 @@ def name(place: str) -> str:
 
 
 def result(found: Json) -> str:
-    """Return what came of a search, in a sentence or two."""
+    """Return what came of a search, in a few sentences."""
+    return f"{_chosen(found)} {found['fewer']}".rstrip()
+
+
+def _chosen(found: Json) -> str:
     by_number = {c["number"]: c for c in found["candidates"]}
     of = f"of {len(by_number)} candidates"
     if found["chosen"] is None:

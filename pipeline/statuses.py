@@ -67,8 +67,16 @@ def guarded(act: Callable[[], int]) -> int:  # noqa: PLR0911 - one a kind of err
             " `search` and `sweep`",
         )
     except Exception as error:  # noqa: BLE001 - status 1 would say that a budget is violated
+        if _out_of_memory(error):
+            return say(FAILED, "out of memory; choose a smaller batch or model")
         err.print_exception()
         return say(FAILED, f"{type(error).__name__}: {error}; please report it with what is above")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Return whether torch found no memory; on the CPU it has no exception of its own for that."""
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or type(error).__name__ == "OutOfMemoryError"
 
 
 def lightly(act: Callable[[], int], where: object, *, otherwise: int = FAILED) -> int:

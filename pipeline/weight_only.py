@@ -11,6 +11,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from scipy.linalg import cholesky
+from scipy.linalg.lapack import dtrtri
 
 from exporters.onnx.session import Arrays, run_over
 from pipeline.products import replace, weights
@@ -116,7 +118,7 @@ def gptq(
     gram[dead, dead] = 1
     left[dead] = 0
     np.fill_diagonal(gram, gram.diagonal() + DAMPING * gram.diagonal().mean())
-    upper = np.linalg.cholesky(np.linalg.inv(gram)).T
+    upper = _root_of_inverse(gram)
     codes = np.zeros(weight.shape, np.uint8)
     scales, zeros = [], []
     for start in range(0, len(weight), block_size):
@@ -132,6 +134,17 @@ def gptq(
         scales.append(scale)
         zeros.append(zero)
     return codes, np.array(scales, np.float32), np.array(zeros, np.uint8)
+
+
+def _root_of_inverse(matrix: NDArray[Any]) -> NDArray[Any]:
+    """Return the upper triangular U with UT U = the inverse of a positive definite matrix.
+
+    From its Cholesky factor in the opposite order, without the inverse itself.
+    """
+    factor = cholesky(matrix[::-1, ::-1], lower=True)
+    inverse, _ = dtrtri(factor, lower=1, overwrite_c=1)
+    root: NDArray[Any] = inverse[::-1, ::-1]
+    return root
 
 
 def _span(rows: NDArray[Any], *, symmetric: bool) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -17,6 +17,12 @@ from transformers import (
 
 from pipeline import Recipe, from_pretrained, run
 from pipeline.checkpoint import ModelError
+from pipeline.statuses import guarded
+
+
+def test_torch_without_memory_is_told_in_one_line(capsys):
+    assert guarded(lambda: torch.empty(1 << 50, dtype=torch.uint8).sum().item()) == 5
+    assert capsys.readouterr().err == "secateur: out of memory; choose a smaller batch or model\n"
 
 
 def test_an_interrupt_ends_with_130(tmp_path):

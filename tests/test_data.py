@@ -102,13 +102,20 @@ def test_slices_are_those_of_datasets(tmp_path):
     assert found["gate"][-1]["text"] == ROWS[-1][0]
 
 
-def test_the_gate_has_every_example_once(tmp_path):
+@pytest.mark.parametrize("name", ["gate", "selection"])
+def test_what_judges_has_every_example_once(tmp_path, name):
     path = write_rows(tmp_path / "data.csv", [*ROWS, ROWS[3], (ROWS[5][0], 1 - ROWS[5][1])])
-    with pytest.raises(DataError, match="gate holds 2 of 22 examples again, expected each of them"):
-        read(path)
-    found = read(path, overlap="drop")["gate"]
+    message = f"{name} holds 2 of 22 examples again, expected each of them"
+    with pytest.raises(DataError, match=message):
+        read(path, {name: "train"})
+    found = read(path, {name: "train"}, overlap="drop")[name]
     assert [(row["text"], row["label"]) for row in found] == ROWS
-    assert len(read(path, {"train": "train", "gate": "train[:10]"}, overlap="drop")["gate"]) == 10
+    assert len(read(path, {"train": "train", name: "train[:10]"}, overlap="drop")[name]) == 10
+
+
+def test_an_example_may_be_trained_on_twice(tmp_path):
+    path = write_rows(tmp_path / "data.csv", [*ROWS, ROWS[3]])
+    assert len(read(path, {"train": "train"})["train"]) == len(ROWS) + 1
 
 
 def test_a_slice_is_read_of_the_gate_alone_and_changes_no_id(tmp_path):

@@ -137,7 +137,9 @@ def test_a_recipe_ends_with_it(tmp_path, installed):
 
 
 def recipe(folder, steps, **target):
-    path = write_recipe(folder, baseline="original", steps=steps, budget={"max_drop": 0.9})
+    path = write_recipe(
+        folder, baseline="original", steps=steps, budget={"max_drop": 0.9, "baseline_floor": -1.0}
+    )
     content = yaml.safe_load(path.read_text())
     content["target"] |= {"runtime": "torch"} | target
     content["task"]["splits"]["gate"] = "train[800:864]"

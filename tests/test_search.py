@@ -139,6 +139,22 @@ def test_the_command_tells_what_it_found(searched, tmp_path):
     assert "pass against finetune" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"seconds": 1e-3}, "The time was over after 1 of 3 trials."),
+        ({"trials": 2}, "After 0 of 2 trials nothing new was proposed, in 0 proposals."),
+    ],
+)
+def test_fewer_candidates_than_trials_are_explained(searched, tmp_path, monkeypatch, limits, said):
+    _, output, _ = searched
+    shutil.copytree(output / "stages", tmp_path / "stages")
+    monkeypatch.setattr("pipeline.search.ASKED", 20 if "seconds" in limits else 0)
+    search(output.parent / "recipe.yaml", tmp_path, **limits)
+    for name in ("search.md", "search.html"):
+        assert said in (tmp_path / name).read_text()
+
+
 def test_no_more_candidates_meet_the_gate_than_were_allowed(searched, tmp_path):
     """Also if a search goes on with more trials: the ledger remembers."""
     _, output, _ = searched
