@@ -270,8 +270,8 @@ def _separate(rows: Splits, overlap: Literal["error", "drop"]) -> None:
             twice = len(rows[name]) - len(once)
             if twice and overlap == "error":
                 raise DataError(
-                    f"task.splits: {name} holds {twice} of {len(rows[name])} examples again, expected"
-                    " each of them once; set `overlap: drop` under task to keep the first"
+                    f"task.splits: {name} holds {twice} of {len(rows[name])} examples again,"
+                    " expected each of them once; set `overlap: drop` under task to keep the first"
                 )
             rows[name] = [row for row in rows[name] if once[row["id"]] is row]
         taken.update((row["id"], name) for row in rows[name])
