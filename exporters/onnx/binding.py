@@ -52,13 +52,14 @@ def resident(path: Path, *, device: str, threads: int) -> Callable[[Arrays], Arr
     """
     session = open_session(path, device=device, threads=threads)
     given = feeder({node.name: node.shape for node in session.get_inputs()})
+    kept = runtime().OrtValue
     held: list[Any] = [None, None]
 
     def predict(arrays: Arrays) -> Arrays:
         if held[0] is not arrays:
             binding = session.io_binding()
             for name, array in given(arrays).items():
-                there = runtime().OrtValue.ortvalue_from_numpy(array, device, 0)
+                there = kept.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
                 binding.bind_ortvalue_input(name, there)
             for output in session.get_outputs():
                 binding.bind_output(output.name, device)
