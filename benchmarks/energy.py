@@ -1,8 +1,8 @@
-"""Energy that the processor has used, where the machine has a sensor that may be read.
+"""Energy that the processor or the GPU has used, where there is a sensor that may be read.
 
-Intel's and AMD's counters (RAPL), as the kernel shows them. Virtual machines have none, and most
-distributions let only root read them. Nothing is estimated: without a sensor there is no number.
-That of a GPU: nvidia.py.
+Of processors Intel's and AMD's counters (RAPL), as the kernel shows them. Virtual machines have
+none, and most distributions let only root read them. Nothing is estimated: without a sensor there
+is no number.
 
 https://www.kernel.org/doc/html/latest/power/powercap/powercap.html
 """
@@ -11,7 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from time import monotonic
+from typing import Final, TypeVar
+
+from benchmarks import nvidia
+
+T = TypeVar("T")
 
 POWERCAP: Final = Path("/sys/class/powercap")
 
@@ -24,7 +29,33 @@ class Counter:
     wraps: int
 
 
-def counters(root: Path = POWERCAP) -> tuple[list[Counter], str]:
+class Meter:
+    """The energy of turns: `joules` and `seconds` of each, by whose it was."""
+
+    def __init__(self, found: list[Counter]) -> None:
+        self._counters = found
+        self.joules: dict[str, list[float]] = {}
+        self.seconds: dict[str, list[float]] = {}
+
+    def during(self, name: str, turn: Callable[[], T]) -> T:
+        """Return what a turn gives."""
+        before, start = read(self._counters), monotonic()
+        result = turn()
+        used = joules(self._counters, before, read(self._counters))
+        self.seconds.setdefault(name, []).append(monotonic() - start)
+        self.joules.setdefault(name, []).append(used)
+        return result
+
+
+def counters(device: str) -> tuple[list[Counter], str]:
+    """Return the counters of the GPU, or of the processor, or none and the reason."""
+    if device == "cpu":
+        return of_processors(POWERCAP)
+    microjoules, reason = nvidia.energy_counter()
+    return ([] if microjoules is None else [Counter(microjoules, wraps=1 << 63)]), reason
+
+
+def of_processors(root: Path) -> tuple[list[Counter], str]:
     """Return the counters of all packages, or none and the reason."""
     zones = sorted(root.glob("*-rapl:[0-9]*"))
     packages = [zone for zone in zones if _name(zone).startswith("package")]

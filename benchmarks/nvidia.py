@@ -7,9 +7,8 @@ https://docs.nvidia.com/deploy/nvml-api
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
-
-from benchmarks.energy import Counter
 
 
 def used_bytes() -> int | None:
@@ -25,11 +24,11 @@ def used_bytes() -> int | None:
     return int(pynvml.nvmlDeviceGetMemoryInfo(device).used)
 
 
-def counters() -> tuple[list[Counter], str]:
-    """Return the counter of the device's energy, or none and the reason."""
+def energy_counter() -> tuple[Callable[[], int] | None, str]:
+    """Return what tells the microjoules that the device has used, or None and the reason."""
     device, reason = _device()
     if device is None:
-        return [], reason
+        return None, reason
     import pynvml
 
     def microjoules() -> int:
@@ -38,8 +37,8 @@ def counters() -> tuple[list[Counter], str]:
     try:
         microjoules()
     except pynvml.NVMLError as error:
-        return [], f"the GPU's energy counter cannot be read: {error}"
-    return [Counter(microjoules, wraps=1 << 63)], ""
+        return None, f"the GPU's energy counter cannot be read: {error}"
+    return microjoules, ""
 
 
 def _device() -> tuple[Any, str]:

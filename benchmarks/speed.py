@@ -17,6 +17,7 @@ import numpy as np
 from scipy.stats import quantile_test, rankdata
 
 from benchmarks.accuracy import Track, silent
+from benchmarks.energy import Meter
 from benchmarks.figures import Percentiles, Ratio
 from benchmarks.worker import Arrays, Worker
 
@@ -35,6 +36,7 @@ LOOKED: Final = 5
 T = TypeVar("T")
 Turns = list[list[float]]
 """Latencies in milliseconds: turn -> call."""
+Turn = Callable[[Worker], list[float]]
 Speed = Literal["faster", "slower", "same", "undecided"]
 
 
@@ -44,17 +46,27 @@ def compare(
     *,
     rounds: int,
     seconds: float,
+    meters: Sequence[Meter] = (),
     track: Track = silent,
 ) -> dict[str, list[Turns]]:
-    """Return latencies in milliseconds: artifact -> load -> turns; see `interleave`."""
+    """Return latencies in milliseconds: artifact -> load -> turns; see `interleave`.
+
+    `meters`, one a load, take the energy of the turns.
+    """
     found: dict[str, list[Turns]] = {name: [] for name in workers}
     for load, inputs in enumerate(loads):
         for worker in workers.values():
             worker.hold(load, inputs)
             warm_up(worker, load)
+        act = partial(turn, load)
+
+        def metered(name: str, load: int = load, act: Turn = act) -> list[float]:
+            own = partial(act, workers[name])
+            return meters[load].during(name, own) if meters else own()
+
         turns = interleave(
-            workers,
-            partial(turn, load),
+            {name: name for name in workers},
+            metered,
             rounds=rounds,
             seconds=seconds,
             track=track,

@@ -13,13 +13,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks import limits, loadgen, machine, speed
+from benchmarks import energy, limits, loadgen, machine, speed
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters.onnx import counting
 from pipeline import candidates, on_device, openers
 from pipeline.candidates import Candidate
-from pipeline.turns import SCENARIOS, Bench, Results, Settings, sensors
+from pipeline.turns import SCENARIOS, Bench, Results, Settings
 
 SCHEMA: Final = 1
 
@@ -76,7 +76,7 @@ def compare(
         "schema": SCHEMA,
         "settings": asdict(settings) | {"text": settings.text and str(settings.text)},
         "machine": asdict(machine.describe()) | {"stalled": stalled},
-        "no_watts": sensors(settings)[1],
+        "no_watts": energy.counters(settings.device)[1],
         "artifacts": [
             _about(this, name) | alone[name] | {"results": results[name]} for name in found
         ],

@@ -93,6 +93,8 @@ class Budget(Limits):
     label, or 0."""
     min_speedup: Positive | None = None
     """The least ratio of baseline latency to final latency, at every load."""
+    max_energy: Positive | None = None
+    """The most energy of a call as a ratio to the baseline's, at every load."""
     max_p50_ms: Positive | None = None
     """The final latency at every load, on a target that is dedicated."""
     max_p95_ms: Positive | None = None
@@ -158,6 +160,6 @@ SETTINGS: Final = frozenset({"confidence", "baseline_floor"})
 LATENCIES: Final = {"max_p50_ms": 0.5, "max_p95_ms": 0.95, "max_p99_ms": 0.99}
 """Limits of a percentile, and which."""
 ABSOLUTE: Final = (*LATENCIES, "max_peak_mb", "max_mb", "min_throughput_per_s")
-TIMED: Final = ("min_speedup", *LATENCIES, "min_throughput_per_s")
+TIMED: Final = ("min_speedup", "max_energy", *LATENCIES, "min_throughput_per_s")
 TIMED_CONFIDENCE: Final = 0.975
 """Of one end of an interval that holds with 95 %."""

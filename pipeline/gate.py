@@ -87,6 +87,8 @@ def _measured(budget: Budget, evidence: Evidence) -> Iterator[Check]:
         )
     if (least := budget.min_speedup) is not None:
         yield from (check_speedup(shape(load), load["speedup"], least) for load in _loads(last))
+    if (most := budget.max_energy) is not None:
+        yield from (check_energy(load, most) for load in _loads(last))
     for name in PERCENTILES:
         if (most := getattr(budget, f"max_{name}_ms")) is not None:
             yield from (check_latency(name, load, most) for load in _loads(last))
@@ -174,6 +176,20 @@ def check_speedup(load: str, ratio: Mapping[str, float], allowed: float) -> Chec
     outcome: Outcome = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
     note = "measure more rounds (target.rounds)" if outcome == "inconclusive" else ""
     return Check(f"speedup at {load}", allowed, value, low, high, outcome, note, at_least=True)
+
+
+def check_energy(load: Mapping[str, Any], allowed: float) -> Check:
+    """Return the check of the energy of a call, as a ratio to the baseline's, by its interval."""
+    what, ratio = f"energy at {shape(load)}", load.get("energy")
+    if ratio is None:
+        raise EvidenceError(
+            f"{what}: found no measurement, expected one; it takes a sensor that may be read, and"
+            " turns that last long enough for it"
+        )
+    value, low, high = (_number(what, ratio.get(name)) for name in ("value", "low", "high"))
+    outcome: Outcome = "pass" if high <= allowed else "fail" if low > allowed else "inconclusive"
+    note = "measure more rounds (target.rounds)" if outcome == "inconclusive" else ""
+    return Check(what, allowed, value, low, high, outcome, note)
 
 
 def check_latency(name: str, load: Mapping[str, Any], allowed: float) -> Check:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, speed
+from benchmarks import energy, machine, speed
 from benchmarks.accuracy import Track, evaluate
 from benchmarks.examples import Arrays, Example
 from benchmarks.outcomes import Outcomes
@@ -102,14 +102,19 @@ Latencies = Mapping[str, list[list[list[float]]]]
 
 @dataclass(frozen=True)
 class Together:
-    """Latencies of all artifacts, and how busy the machine was before and after."""
+    """Latencies of all artifacts, and how busy the machine was before and after.
+
+    `joules` are those of turns, None without a sensor: digest -> load -> round.
+    """
 
     latencies: Latencies
+    joules: Mapping[str, list[list[float]]] | None
     pressure: dict[str, list[float | None]]
 
 
 def together(bench: Bench, folders: Mapping[str, Path]) -> Together:
     """Return the latencies of all artifacts, by digest, from one interleaved run."""
+    counters, _ = energy.counters(bench.target.device)
 
     def make(_: Path) -> dict[str, Any]:
         with ExitStack() as stack:
@@ -117,19 +122,27 @@ def together(bench: Bench, folders: Mapping[str, Path]) -> Together:
                 digest: stack.enter_context(open_worker(bench, folder))
                 for digest, folder in folders.items()
             }
+            meters = [energy.Meter(counters) for _ in bench.target.loads]
             before = machine.pressure()
             latencies = speed.compare(
                 workers,
                 loads(bench),
                 rounds=bench.target.rounds,
                 seconds=bench.target.seconds,
+                meters=meters,
                 track=bench.track,
             )
         after = machine.pressure()
         pressure = {f"{name}_before_and_after": [before[name], after[name]] for name in before}
-        return {"latencies": latencies, "pressure": pressure}
+        joules = {digest: [meter.joules[digest] for meter in meters] for digest in folders}
+        return {
+            "latencies": latencies,
+            "joules": joules if counters else None,
+            "pressure": pressure,
+        }
 
     key = _key(bench) | {"artifacts": list(folders), "inputs": bench.evidence}
+    key["metered"] = bool(counters)
     return Together(**bench.store.get("timed", key, make).about)
 
 

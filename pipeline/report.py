@@ -37,7 +37,8 @@ class Load:
 
     `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's;
     `first_call_ms` is that of the first call at this shape, in a fresh process; `device_ms` the
-    median of a call without the copies to a device and back, None on the CPU.
+    median of a call without the copies to a device and back, None on the CPU; `joules` the energy
+    of a call and `energy` its ratio to the baseline's, None without a sensor.
     """
 
     batch: int
@@ -48,6 +49,8 @@ class Load:
     speedup: Ratio
     gain: Ratio
     device_ms: float | None = None
+    joules: float | None = None
+    energy: Ratio | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from benchmarks import energy
 from benchmarks.accuracy import Track, silent
+from benchmarks.machine import Unavailable
 from exporters import tensorrt
 from pipeline import (
     artifact,
@@ -176,7 +178,7 @@ def check_target(recipe: Recipe) -> None:
     """Refuse a target that is not here.
 
     Raises:
-        Unavailable: no CUDA device where one is asked for.
+        Unavailable: no CUDA device, or no sensor of energy, where one is asked for.
         MissingDependency: a library that is asked for is not installed.
         NotHere: TensorRT cannot build on this machine what is asked for.
     """
@@ -189,3 +191,7 @@ def check_target(recipe: Recipe) -> None:
         elif isinstance(step, Quantize) and step.in_torch:
             bnb.library()
     openers.check(target.runtime, target.device)
+    if recipe.budget.max_energy is not None:
+        counters, reason = energy.counters(target.device)
+        if not counters:
+            raise Unavailable(f"budget.max_energy: {reason}, expected one; leave the limit out")

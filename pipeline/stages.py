@@ -59,7 +59,7 @@ def measure(work: Work, artifacts: Sequence[Artifact], split: str = "gate") -> M
         digests = running[0].digest, running[max(at - 1, 0)].digest, entry.digest
         stage = replace(
             _stage(work, artifact, alone, found[0].outcomes),
-            loads=_loads(bench, alone, together.latencies, digests),
+            loads=_loads(bench, alone, together, digests),
         )
         stages.append(replace(stage, gain_note=_gain_note(stages[-1], stage)) if stages else stage)
     first, last = found[0].outcomes, found[-1].outcomes
@@ -119,10 +119,10 @@ def _stage(work: Work, artifact: Artifact, alone: Alone, baseline: Outcomes) -> 
 
 
 def _loads(
-    bench: Bench, alone: Alone, latencies: measuring.Latencies, digests: tuple[str, str, str]
+    bench: Bench, alone: Alone, together: measuring.Together, digests: tuple[str, str, str]
 ) -> tuple[Load, ...]:
     """Return the speed at every load; `digests` are of baseline, stage before, and this stage."""
-    first, previous, this = (latencies[digest] for digest in digests)
+    first, previous, this = (together.latencies[digest] for digest in digests)
     loads = []
     for at, (batch, sequence) in enumerate(bench.target.loads):
         calls = [call for turn in this[at] for call in turn]
@@ -136,9 +136,23 @@ def _loads(
                 throughput_per_s=batch * 1e3 / float(np.mean(calls)),
                 speedup=speed.ratio(first[at], this[at]),
                 gain=speed.ratio(previous[at], this[at]),
+                **_energy(together.joules, digests, at),
             )
         )
     return tuple(loads)
+
+
+def _energy(
+    joules: Mapping[str, list[list[float]]] | None, digests: tuple[str, str, str], at: int
+) -> dict[str, Any]:
+    """Return the energy of a call, and its ratio to the baseline's, if every turn has its own."""
+    if joules is None:
+        return {}
+    before, after = ([[turn] for turn in joules[digest][at]] for digest in (digests[0], digests[2]))
+    if not all(used > 0 for [used] in before + after):
+        return {}  # too short for the sensor
+    calls = speed.REWARMED + speed.COUNTED
+    return {"joules": float(np.median(after)) / calls, "energy": speed.ratio(after, before)}
 
 
 def _gain_note(before: Stage, stage: Stage) -> str:

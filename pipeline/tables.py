@@ -122,6 +122,7 @@ def _of_calls(load: Json) -> Cells:
         "worth": [number(latency["effective_samples"], "{:.0f}")],
         "first": [_ms(load["first_call_ms"])],
         **({"on device": [_ms(on_device)]} if on_device is not None else {}),
+        **({"joules": [f"{load['joules']:.3g}"]} if load.get("joules") is not None else {}),
     }
 
 

@@ -96,6 +96,14 @@ def test_every_limit_that_is_set_is_checked():
     assert rate.at_least
 
 
+@pytest.mark.parametrize(("most", "outcome"), [(0.8, "pass"), (0.7, "inconclusive"), (0.5, "fail")])
+def test_energy_is_judged_by_its_interval(most, outcome):
+    load = replace(stage().loads[0], energy=Ratio(0.7, 0.6, 0.8))
+    found = evidence(last=replace(stage(), loads=(load,)))
+    (check,) = gate.checks(Budget(max_energy=most), found)
+    assert (check.what, check.outcome, check.estimate) == ("energy at 8x128", outcome, 0.7)
+
+
 def test_an_absolute_throughput_is_judged_by_its_bounds():
     for least, outcome in ((1900, "pass"), (2000, "inconclusive"), (2200, "fail")):
         budget = Budget(min_throughput_per_s=least)
@@ -114,7 +122,9 @@ def test_memory_of_another_machine_is_an_error():
         gate.checks(budget, now, replace(now, places=(there, here)))
 
 
-@pytest.mark.parametrize("limit", ["min_speedup", "max_p50_ms", "min_throughput_per_s"])
+@pytest.mark.parametrize(
+    "limit", ["min_speedup", "max_energy", "max_p50_ms", "min_throughput_per_s"]
+)
 def test_times_are_judged_at_the_confidence_of_their_intervals(limit):
     assert Budget(**{limit: 1.0}, confidence=0.975)
     with pytest.raises(ValidationError, match=f"expected at most 0.975 with {limit}"):
@@ -126,6 +136,7 @@ def test_times_are_judged_at_the_confidence_of_their_intervals(limit):
     [
         ({}, {}, "budget: found no limit"),
         ({"max_memory": 1.0}, {"last": stage(peak=None)}, "peak memory: found no measurement"),
+        ({"max_energy": 1.0}, {}, "energy at 8x128: found no measurement"),
         ({"max_p50_ms": 1.0}, {}, "found max_p50_ms, which hold on a target that nothing else"),
         ({"max_p99_ms": 1.0}, {"dedicated": True}, "p99 at 8x128 in ms: found too few samples"),
         ({"max_perplexity_ratio": 1.1}, {}, "expected max_drop or max_relative_drop"),

@@ -28,7 +28,7 @@ def test_energy_is_what_all_packages_used(tmp_path):
     write_package(tmp_path, "intel-rapl:1", 990)
     write_package(tmp_path, "intel-rapl:0:0", 7)  # a part of a package, counted with it
     write_package(tmp_path, "intel-rapl:2", 1)  # the whole machine, the packages among it
-    found, reason = energy.counters(tmp_path)
+    found, reason = energy.of_processors(tmp_path)
     assert (len(found), reason) == (2, "")
     before = energy.read(found)
     write_package(tmp_path, "intel-rapl:0", 150)
@@ -36,11 +36,19 @@ def test_energy_is_what_all_packages_used(tmp_path):
     assert energy.joules(found, before, energy.read(found)) == pytest.approx((50 + 30) / 1e6)
 
 
+def test_a_meter_keeps_turns_apart():
+    used = iter([0, 5_000_000, 5_000_000, 9_000_000, 9_000_000, 10_000_000])
+    meter = energy.Meter([energy.Counter(lambda: next(used), wraps=1 << 40)])
+    assert [meter.during(name, name.upper) for name in "aba"] == ["A", "B", "A"]
+    assert meter.joules == {"a": [5, 1], "b": [4]}
+    assert [len(meter.seconds[name]) for name in "ab"] == [2, 1]
+
+
 def test_no_sensor_is_a_reason(tmp_path):
-    assert energy.counters(tmp_path) == ([], "this machine has no energy counter")
+    assert energy.of_processors(tmp_path) == ([], "this machine has no energy counter")
     (tmp_path / "intel-rapl:0").mkdir()
     (tmp_path / "intel-rapl:0" / "name").write_text("package-0\n")
-    assert energy.counters(tmp_path)[1].startswith("the energy counter cannot be read")
+    assert energy.of_processors(tmp_path)[1].startswith("the energy counter cannot be read")
 
 
 class Nvml:
@@ -75,7 +83,7 @@ def test_a_gpus_counters_are_those_of_the_visible_device(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert nvidia.used_bytes() == 5_000_000
-    found, reason = nvidia.counters()
+    found, reason = energy.counters("cuda")
     assert reason == ""
     assert energy.joules(found, energy.read(found), energy.read(found)) == pytest.approx(2)
     for visible in ("1,0", "GPU-5bb1", ""):
@@ -83,18 +91,18 @@ def test_a_gpus_counters_are_those_of_the_visible_device(monkeypatch):
         nvidia.used_bytes()
     assert library.asked == [0, 0, 1, "GPU-5bb1", 0]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert nvidia.counters()[1].startswith("the GPU's energy counter cannot be read")
+    assert energy.counters("cuda")[1].startswith("the GPU's energy counter cannot be read")
 
 
 @pytest.mark.skipif(machine.describe().gpu is not None, reason="there is a GPU")
 def test_without_a_driver_the_gpus_counters_are_a_reason(monkeypatch):
     assert nvidia.used_bytes() is None
-    assert nvidia.counters() == (
+    assert energy.counters("cuda") == (
         [],
         "the GPU's counters cannot be read: NVML Shared Library Not Found",
     )
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert nvidia.counters()[1] == "the GPU's counters need nvidia-ml-py, of the extra `gpu`"
+    assert energy.counters("cuda")[1] == "the GPU's counters need nvidia-ml-py, of the extra `gpu`"
 
 
 def test_waiting_only_grows():

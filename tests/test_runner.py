@@ -31,7 +31,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from benchmarks import energy
 from benchmarks.figures import Ratio
+from benchmarks.machine import Unavailable
 from benchmarks.outcomes import Outcomes
 from exporters.onnx.generation import open_generator
 from pipeline import Recipe, from_pretrained, run, units
@@ -163,6 +165,29 @@ def test_outcomes_are_kept_for_every_example(finished):
     outcomes = Outcomes.load(some)
     assert len(outcomes.ids) == report.stages[0].score.examples == 600
     assert len(set(outcomes.ids)) == 600
+
+
+def test_energy_is_judged_where_there_is_a_sensor(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = write_recipe(tmp_path, budget={"max_energy": 5.0})
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    with pytest.raises(Unavailable, match=r"budget.max_energy: this machine has no energy counter"):
+        run(path, tmp_path / "out")
+
+    def one_watt():
+        return time.monotonic_ns() // 1000
+
+    monkeypatch.setattr(energy, "counters", lambda _: ([energy.Counter(one_watt, 1 << 63)], ""))
+    report = run(path, tmp_path / "out")
+    loads = report.stages[-1].loads
+    checks = [check for check in report.verdict.checks if check.what.startswith("energy at ")]
+    assert [(c.estimate, c.outcome) for c in checks] == [(x.energy.value, "pass") for x in loads]
+    for load, before in zip(loads, report.stages[0].loads, strict=True):
+        # As long as the calls, and what it takes to ask for them.
+        assert load.joules > load.latency_ms.p50 / 1e3
+        assert before.energy.value == 1
+    assert "joules" in (tmp_path / "out" / "report.html").read_text()
 
 
 KILLED = {"runtime": "torch", "loads": [{"batch": 2, "sequence": 8}], "rounds": 6, "threads": 1}
