@@ -11,12 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from time import monotonic
-from typing import Final, TypeVar
+from typing import Final
 
 from benchmarks import nvidia
-
-T = TypeVar("T")
 
 POWERCAP: Final = Path("/sys/class/powercap")
 
@@ -27,24 +24,6 @@ class Counter:
 
     microjoules: Callable[[], int]
     wraps: int
-
-
-class Meter:
-    """The energy of turns: `joules` and `seconds` of each, by whose it was."""
-
-    def __init__(self, found: list[Counter]) -> None:
-        self._counters = found
-        self.joules: dict[str, list[float]] = {}
-        self.seconds: dict[str, list[float]] = {}
-
-    def during(self, name: str, turn: Callable[[], T]) -> T:
-        """Return what a turn gives."""
-        before, start = read(self._counters), monotonic()
-        result = turn()
-        used = joules(self._counters, before, read(self._counters))
-        self.seconds.setdefault(name, []).append(monotonic() - start)
-        self.joules.setdefault(name, []).append(used)
-        return result
 
 
 def counters(device: str) -> tuple[list[Counter], str]:

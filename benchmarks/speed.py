@@ -8,6 +8,7 @@ statistics of the rounds, exact and free of any distribution.
 R rounds.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,8 +17,9 @@ from typing import Final, Literal, TypeVar
 import numpy as np
 from scipy.stats import quantile_test, rankdata
 
+from benchmarks import energy
 from benchmarks.accuracy import Track, silent
-from benchmarks.energy import Meter
+from benchmarks.energy import Counter
 from benchmarks.figures import Percentiles, Ratio
 from benchmarks.worker import Arrays, Worker
 
@@ -28,6 +30,8 @@ COUNTED: Final = 2
 """Calls of a turn that are counted."""
 FEWEST: Final = 6
 """Rounds below which there is no interval of a median at `CONFIDENCE`."""
+WINDOW_SECONDS: Final = 1.0
+"""Of a turn in which energy is measured."""
 TRUSTED: Final = 15
 """Rounds below which a narrow interval may be luck."""
 LOOKED: Final = 5
@@ -36,7 +40,6 @@ LOOKED: Final = 5
 T = TypeVar("T")
 Turns = list[list[float]]
 """Latencies in milliseconds: turn -> call."""
-Turn = Callable[[Worker], list[float]]
 Speed = Literal["faster", "slower", "same", "undecided"]
 
 
@@ -46,27 +49,17 @@ def compare(
     *,
     rounds: int,
     seconds: float,
-    meters: Sequence[Meter] = (),
     track: Track = silent,
 ) -> dict[str, list[Turns]]:
-    """Return latencies in milliseconds: artifact -> load -> turns; see `interleave`.
-
-    `meters`, one a load, take the energy of the turns.
-    """
+    """Return latencies in milliseconds: artifact -> load -> turns; see `interleave`."""
     found: dict[str, list[Turns]] = {name: [] for name in workers}
     for load, inputs in enumerate(loads):
         for worker in workers.values():
             worker.hold(load, inputs)
             warm_up(worker, load)
-        act = partial(turn, load)
-
-        def metered(name: str, load: int = load, act: Turn = act) -> list[float]:
-            own = partial(act, workers[name])
-            return meters[load].during(name, own) if meters else own()
-
         turns = interleave(
-            {name: name for name in workers},
-            metered,
+            workers,
+            partial(turn, load),
             rounds=rounds,
             seconds=seconds,
             track=track,
@@ -74,6 +67,41 @@ def compare(
         )
         for name in workers:
             found[name].append(turns[name])
+    return found
+
+
+def energies(
+    workers: Mapping[str, Worker],
+    loads: int,
+    counters: list[Counter],
+    track: Track = silent,
+) -> dict[str, list[list[float]]]:
+    """Return the joules of a call on each held batch: artifact -> load -> rounds, in turns.
+
+    Turns are long enough for sensors that are read ten times a second, and few.
+    """
+    found: dict[str, list[list[float]]] = {name: [] for name in workers}
+    for load in range(loads):
+        once = {
+            name: min(worker.time(load, REWARMED + COUNTED)) for name, worker in workers.items()
+        }
+
+        def metered(name: str, load: int = load, once: Mapping[str, int] = once) -> list[float]:
+            calls = math.ceil(WINDOW_SECONDS * 1e9 / once[name])
+            before = energy.read(counters)
+            workers[name].time(load, calls)
+            return [energy.joules(counters, before, energy.read(counters)) / calls]
+
+        turns = interleave(
+            {name: name for name in workers},
+            metered,
+            rounds=FEWEST,
+            seconds=math.inf,
+            track=track,
+            what=f"energy of load {load + 1} of {loads}",
+        )
+        for name, each in turns.items():
+            found[name].append([joules for (joules,) in each])
     return found
 
 

@@ -234,7 +234,7 @@ def main(opener: str, folder: str, device: str, threads: str) -> None:
     module, _, name = opener.partition(":")
     open_predictor = getattr(import_module(module), name)
     floor = peak_rss_bytes()
-    used = nvidia.used_bytes() if device == "cuda" else None
+    used = nvidia.used_bytes()[0] if device == "cuda" else None
     start = time.perf_counter_ns()
     predictor: Predictor = open_predictor(Path(folder), device=device, threads=int(threads))
     load_seconds = (time.perf_counter_ns() - start) / 1e9
@@ -260,8 +260,8 @@ def main(opener: str, folder: str, device: str, threads: str) -> None:
                 reply = drive(predictor, held[command["load"]], command["settings"])
             case "memory":
                 reply = {"peak_rss_bytes": peak_rss_bytes(), "device_bytes": None}
-                if used is not None and (now := nvidia.used_bytes()) is not None:
-                    reply["device_bytes"] = now - used
+                if used is not None and (now := nvidia.used_bytes()[0]) is not None:
+                    reply["device_bytes"] = max(now - used, 0)
         print(json.dumps(reply), file=line)
 
 

@@ -13,13 +13,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks import energy, limits, loadgen, machine, speed
+from benchmarks import limits, loadgen, machine, nvidia, speed
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters.onnx import counting
 from pipeline import candidates, on_device, openers
 from pipeline.candidates import Candidate
-from pipeline.turns import SCENARIOS, Bench, Results, Settings
+from pipeline.turns import SCENARIOS, Bench, Results, Settings, sensors
 
 SCHEMA: Final = 1
 
@@ -76,7 +76,8 @@ def compare(
         "schema": SCHEMA,
         "settings": asdict(settings) | {"text": settings.text and str(settings.text)},
         "machine": asdict(machine.describe()) | {"stalled": stalled},
-        "no_watts": energy.counters(settings.device)[1],
+        "no_watts": sensors(settings)[1],
+        "no_device_bytes": nvidia.used_bytes()[1] if settings.device == "cuda" else "",
         "artifacts": [
             _about(this, name) | alone[name] | {"results": results[name]} for name in found
         ],
@@ -127,7 +128,7 @@ def _add_device_times(this: Bench, results: Results) -> None:
             each.runtime, place, given, device=settings.device, threads=settings.threads
         )
         for at, result in enumerate(results[name]):
-            result["device_ms"] = None if times is None else times[at]
+            result["resident_ms"] = None if times is None else times[at]
             if times is not None and each.graph is not None:
                 result["nodes"] = counting.providers(each.graph, given[at], settings.device)
 

@@ -7,13 +7,15 @@ right where nothing but the blocks changes the states between them, which is che
 to be given the very tensor that the recorder before it returned.
 """
 
+import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any, Final
+from shutil import copyfile
+from typing import Any, Final, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -27,9 +29,14 @@ from pipeline import calibration, checkpoint, structure, tensors, trust
 from pipeline.architectures import ARCHITECTURES
 from pipeline.calibration import Batch, Moments
 from pipeline.checkpoint import ModelError
+from pipeline.manifest import MANIFEST
 from pipeline.tensors import Place
 
 STATES: Final = "hidden_states"
+AROUND: Final = frozenset({".jinja", ".json", ".model", ".txt"})
+"""Endings of what lies around a model: tokenizer, generation."""
+Keeping = Literal["disk", "memory"]
+"""Where the states between blocks wait."""
 
 
 @dataclass(frozen=True)
@@ -382,3 +389,25 @@ def _outside(blocks: Blocks) -> Iterator[None]:
             handle.remove()
         for path in used:
             _drop(modules[path])
+
+
+def return_what_is_freed() -> None:
+    """Have the C library give pieces of memory back to the system when they are freed.
+
+    glibc begins with those from 128 KiB on and learns to keep ever larger ones, and the holes
+    between them add up from block to block. Once it is told, it learns no more
+    (`M_MMAP_THRESHOLD` in mallopt(3)).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(-3, 1 << 17)
+
+
+def write_around(source: Path, planned: PreTrainedModel, folder: Path) -> None:
+    """Write the configuration, and copy what else belongs to the model."""
+    for path in source.iterdir():
+        index = path.name.endswith(".index.json") or path.name == MANIFEST
+        if path.is_file() and path.suffix in AROUND and not index:
+            copyfile(path, folder / path.name)
+    planned.config.architectures = [type(planned).__name__]
+    planned.config.save_pretrained(folder)

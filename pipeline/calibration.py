@@ -10,7 +10,7 @@ B examples of a batch, T tokens, U units, I inputs of a matrix, w inputs of a un
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -225,8 +225,6 @@ def moments_of(
 ) -> dict[str, Moments]:
     """Return the second moments of the readers' inputs while `run` is called with every batch.
 
-    Readers of one tensor, called one after the other, share theirs.
-
     `decodes`: readers with "decoder" in their name see the tokens of the decoder.
 
     Raises:
@@ -238,7 +236,10 @@ def moments_of(
     count = 0
 
     def see(name: str, states: Tensor) -> None:
-        rows = states.double().reshape(len(held_out), -1, states.shape[-1])  # OPT's are flat
+        # OPT's are flat; DeBERTa's projections read a table of positions, too, for all windows.
+        of_batch = states.dim() == 2 or len(states) == len(held_out)  # noqa: PLR2004
+        left_out = held_out if of_batch else torch.zeros(1, dtype=torch.bool)
+        rows = states.double().reshape(len(left_out), -1, states.shape[-1])
         rows = torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
         if name not in sums:
             width = rows.shape[-1]
@@ -249,12 +250,11 @@ def moments_of(
             tokens = batch["labels"] != IGNORED
         if tokens is None or tokens.shape != rows.shape[:2]:
             tokens = rows.new_ones(rows.shape[:2])
-        for moment, chosen in zip(sums[name], (~held_out, held_out), strict=True):
+        for moment, chosen in zip(sums[name], (~left_out, left_out), strict=True):
             part = rows[tokens.bool() & chosen[:, None]]
             moment.addmm_(part.T, part)
 
-    once, shared = _sharing(see)
-    with watching(readers, once):
+    with watching(readers, see):
         for batch in data:
             size = len(next(iter(batch.values())))
             held_out = torch.arange(count, count + size) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
@@ -269,25 +269,4 @@ def moments_of(
     for name, moment in found.items():
         if not (moment.fit.isfinite().all() and moment.held_out.isfinite().all()):
             raise FloatingPointError(f"{name}: found NaN or infinity, expected numbers")
-    return found | {name: found[other] for name, other in shared.items()}
-
-
-def _sharing(
-    see: Callable[[str, Tensor], None],
-) -> tuple[Callable[[str, Tensor], None], dict[str, str]]:
-    """Return `see` for the first of those that read one tensor, and the others, to find it by."""
-    shared: dict[str, str] = {}
-    known: set[str] = set()
-    latest: list[Any] = ["", None]
-
-    def once(name: str, states: Tensor) -> None:
-        first, before = latest
-        same = states is before and ("decoder" in name) == ("decoder" in first)
-        if name in shared or (same and name not in known):
-            shared.setdefault(name, first)
-            return
-        known.add(name)
-        latest[:] = name, states
-        see(name, states)
-
-    return once, shared
+    return found

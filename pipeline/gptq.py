@@ -101,9 +101,9 @@ def quantize(
 
 
 def chosen(where: str, layers: nn.ModuleList, block_size: int) -> tuple[list[str], int]:
-    """Return the names of a layer's matrices that fit the format in every layer, in their order.
+    """Return the names of the matrices that fit the format in every layer, in their order.
 
-    And how many others there are in all layers.
+    And how many matrices of all layers are left.
 
     Raises:
         QuantizationError: none fits.

@@ -1,10 +1,10 @@
 """Models larger than memory: weights in 4 bits by GPTQ, block by block.
 
 From safetensors to a folder of the format that gptq.py writes with optimum and GPTQModel, which is
-what opens it; to write it takes neither. Memory holds one block in fp32 and the second moments of
-what each of its matrices reads. They are those of the model as it lies in the files, so that one
-pass over the blocks does: what GPTQModel makes up for, and this does not, is what the matrices
-before have lost.
+what opens it; to write it takes neither. Memory holds one block in fp32, the second moments of what
+each of its matrices reads, and three times the widest of them. They are those of the model as it
+lies in the files, so that one pass over the blocks does: what GPTQModel makes up for, and this does
+not, is what the matrices before have lost.
 
 K inputs, N outputs, G groups of inputs that share a scale.
 """
@@ -18,16 +18,15 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPTQConfig
 from transformers.pytorch_utils import Conv1D
 
 from benchmarks.accuracy import Track, silent
 from pipeline import blocks, checkpoint, gptq, tensors, weight_only
-from pipeline.blocks import Blocks
+from pipeline.blocks import Blocks, Keeping, return_what_is_freed, write_around
 from pipeline.calibration import Batch, Moments
 from pipeline.checkpoint import ModelError
-from pipeline.out_of_core import Keeping, return_what_is_freed, write_around
 from pipeline.store import publish
 
 IN_A_WORD: Final = 8
@@ -58,8 +57,8 @@ def quantize_by_blocks(
 
     Raises:
         FloatingPointError: an activation is not finite.
-        ModelError: there is no such model, or it does not go block by block; `folder` is there
-            already.
+        ModelError: there is no such model, it does not go block by block, or nothing opens it in
+            this format; `folder` is there already.
         QuantizationError: no matrix fits the format.
         ValueError: there are too few calibration windows.
     """
@@ -70,17 +69,14 @@ def quantize_by_blocks(
     this = blocks.open_blocks(source)
     names, left = gptq.chosen(this.path, this.layers, block_size)
     paths = [f"{this.name(at)}.{name}" for at in range(len(this.layers)) for name in names]
-    about = GPTQConfig(
-        bits=gptq.BITS,
-        group_size=block_size,
-        damp_percent=weight_only.DAMPING,
-        act_group_aware=False,
-        true_sequential=False,
-        block_name_to_quantize=this.path,
-        modules_in_block_to_quantize=[paths] if left else None,
-    ).to_dict()
+    if any(isinstance(this.model.get_submodule(path), Conv1D) for path in paths):
+        raise ModelError(
+            f"{source}: found {type(this.model).__name__}, whose matrices transformers does not"
+            " open in this format; use a recipe with int4-weights"
+        )
+    about = _about(this, block_size, paths if left else None)
 
-    def readers(path: str) -> dict[str, nn.Module]:
+    def readers(path: str) -> dict[str, Any]:
         return {name: this.model.get_submodule(f"{path}.{name}") for name in names}
 
     def make(unfinished: Path) -> None:
@@ -94,8 +90,8 @@ def quantize_by_blocks(
             for path, seen in walk:
                 for name, module in readers(path).items():
                     stem = copied.pop(f"{path}.{name}.weight").removesuffix("weight")
-                    gram = _gram(seen.pop(name))
-                    for part, tensor in _quantized(module, gram, block_size).items():
+                    gram, matrix = _gram(seen.pop(name)), module.weight.detach().numpy().T
+                    for part, tensor in _quantized(matrix, gram, block_size).items():
                         writer.write(stem + part, [tensor.reshape(-1)])
             for name, written in copied.items():
                 writer.write(written, tensors.chunks(this.places[name]))
@@ -110,6 +106,21 @@ def quantize_by_blocks(
     return {"quantized_layers": len(paths), "left_layers": left}
 
 
+def _about(this: Blocks, block_size: int, paths: list[str] | None) -> dict[str, Any]:
+    """Return what the format's readers are told; `paths` are the matrices, if others are left."""
+    about: dict[str, Any] = GPTQConfig(
+        bits=gptq.BITS,
+        group_size=block_size,
+        damp_percent=weight_only.DAMPING,
+        act_group_aware=False,
+        true_sequential=False,
+        block_name_to_quantize=this.path,
+    ).to_dict()
+    # Given to the constructor, they would make it look for optimum, which is not needed here.
+    about["modules_in_block_to_quantize"] = paths and [paths]
+    return about
+
+
 def _layout(this: Blocks, paths: Iterable[str], block_size: int) -> dict[str, Tensor]:
     """Return shapes and types of all that is written, by the names in the files."""
     found = {
@@ -120,7 +131,7 @@ def _layout(this: Blocks, paths: Iterable[str], block_size: int) -> dict[str, Te
     for path in paths:
         name = this.saved[f"{path}.weight"]
         del found[name]
-        inputs, outputs = _matrix(this.model.get_submodule(path)).shape
+        outputs, inputs = this.places[f"{path}.weight"].shape
         groups = inputs // block_size
         shapes = {
             "qweight": ((inputs // IN_A_WORD, outputs), torch.int32),
@@ -134,26 +145,20 @@ def _layout(this: Blocks, paths: Iterable[str], block_size: int) -> dict[str, Te
     return found
 
 
-def _matrix(module: nn.Module) -> Tensor:
-    """Return a module's matrix as `(K, N)`."""
-    weight: Any = module.weight
-    matrix: Tensor = weight if isinstance(module, Conv1D) else weight.T
-    return matrix
-
-
 def _gram(seen: Moments) -> NDArray[np.float64]:
     """Return the second moments `(K, K)` over all windows, without the 1 behind the inputs."""
     gram: NDArray[np.float64] = (seen.fit + seen.held_out)[:-1, :-1].numpy()
     return gram
 
 
-def _quantized(module: nn.Module, gram: NDArray[np.float64], block_size: int) -> dict[str, Tensor]:
-    """Return the format's tensors of a matrix.
+def _quantized(
+    matrix: NDArray[np.float32], gram: NDArray[np.float64], block_size: int
+) -> dict[str, Tensor]:
+    """Return the format's tensors of a matrix `(K, N)`, by the second moments of its inputs.
 
     `qweight` `(K/8, N)`, `qzeros` `(G, N/8)`, `scales` `(G, N)`, `g_idx` `(K,)`. Zero points are
     stored less one (https://github.com/AutoGPTQ/AutoGPTQ, qlinear_cuda.py).
     """
-    matrix = _matrix(module).detach().numpy()
     codes, scales, zeros = weight_only.gptq(matrix, gram, block_size, symmetric=True)
     return {
         "qweight": torch.from_numpy(_packed(codes)),

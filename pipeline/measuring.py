@@ -57,7 +57,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Alone:
-    """What was measured of one artifact by itself; `device_ms` as on_device.py has it, by load."""
+    """What was measured of one artifact by itself; `resident_ms`, by load, of on_device.py."""
 
     outcomes: Outcomes
     load_seconds: float
@@ -65,7 +65,7 @@ class Alone:
     peak_rss_bytes: int
     device_bytes: int | None
     first_call_ms: list[float]
-    device_ms: list[float] | None
+    resident_ms: list[float] | None
 
 
 def alone(bench: Bench, folder: Path, digest: str) -> Alone:
@@ -89,7 +89,7 @@ def alone(bench: Bench, folder: Path, digest: str) -> Alone:
         times = on_device.times_ms(
             where.runtime, folder, loads(bench), device=where.device, threads=where.threads
         )
-        return about | {"device_ms": times}
+        return about | {"resident_ms": times}
 
     key = _key(bench) | {"artifact": digest, "evidence": bench.evidence}
     entry = bench.store.get("measured", key, make)
@@ -104,7 +104,7 @@ Latencies = Mapping[str, list[list[list[float]]]]
 class Together:
     """Latencies of all artifacts, and how busy the machine was before and after.
 
-    `joules` are those of turns, None without a sensor: digest -> load -> round.
+    `joules` are those of a call, None without a sensor: digest -> load -> round.
     """
 
     latencies: Latencies
@@ -122,22 +122,22 @@ def together(bench: Bench, folders: Mapping[str, Path]) -> Together:
                 digest: stack.enter_context(open_worker(bench, folder))
                 for digest, folder in folders.items()
             }
-            meters = [energy.Meter(counters) for _ in bench.target.loads]
             before = machine.pressure()
             latencies = speed.compare(
                 workers,
                 loads(bench),
                 rounds=bench.target.rounds,
                 seconds=bench.target.seconds,
-                meters=meters,
                 track=bench.track,
             )
-        after = machine.pressure()
+            after = machine.pressure()
+            joules = None
+            if counters:
+                joules = speed.energies(workers, len(bench.target.loads), counters, bench.track)
         pressure = {f"{name}_before_and_after": [before[name], after[name]] for name in before}
-        joules = {digest: [meter.joules[digest] for meter in meters] for digest in folders}
         return {
             "latencies": latencies,
-            "joules": joules if counters else None,
+            "joules": joules,
             "pressure": pressure,
         }
 

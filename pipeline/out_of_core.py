@@ -7,12 +7,11 @@ block in fp32, its second moments, and a batch's activations within it, or the l
 that runs before the blocks (the embedding table).
 """
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from shutil import copyfile, rmtree
-from typing import Any, Final, Literal
+from shutil import rmtree
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -32,22 +31,18 @@ from pipeline import (
     structure,
     tensors,
 )
-from pipeline.blocks import Blocks
+from pipeline.blocks import Blocks, Keeping, return_what_is_freed, write_around
 from pipeline.calibration import Batch
 from pipeline.checkpoint import ModelError
 from pipeline.compensation import REPAIRS
 from pipeline.criteria import CRITERIA, GRADIENT, MOMENTS
-from pipeline.manifest import MANIFEST
 from pipeline.pruning import Choice
 from pipeline.reading import RecipeError, unknown
 from pipeline.store import publish
 from pipeline.structure import Group, Kind
 
-Keeping = Literal["disk", "memory"]
 ALONE: Final = tuple(sorted(CRITERIA.keys() - GRADIENT))
 """The criteria that need no gradients."""
-AROUND: Final = frozenset({".jinja", ".json", ".model", ".txt"})
-"""Endings of what lies around a model: tokenizer, generation."""
 
 
 def prune_by_blocks(
@@ -133,18 +128,6 @@ def prune_by_blocks(
 
     publish(make, folder, {"source": str(source), "step": "prune"})
     return choices[0]
-
-
-def return_what_is_freed() -> None:
-    """Have the C library give pieces of memory back to the system when they are freed.
-
-    glibc begins with those from 128 KiB on and learns to keep ever larger ones, and the holes
-    between them add up from block to block. Once it is told, it learns no more
-    (`M_MMAP_THRESHOLD` in mallopt(3)).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
-        mallopt(-3, 1 << 17)
 
 
 def _check(
@@ -245,16 +228,6 @@ def _write(
         for name, written in left.items():
             writer.write(written, tensors.chunks(this.places[name]))
     return repairs
-
-
-def write_around(source: Path, planned: PreTrainedModel, folder: Path) -> None:
-    """Write the configuration, and copy what else belongs to the model."""
-    for path in source.iterdir():
-        index = path.name.endswith(".index.json") or path.name == MANIFEST
-        if path.is_file() and path.suffix in AROUND and not index:
-            copyfile(path, folder / path.name)
-    planned.config.architectures = [type(planned).__name__]
-    planned.config.save_pretrained(folder)
 
 
 def text_batches(

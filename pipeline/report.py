@@ -36,7 +36,7 @@ class Load:
     """Speed at one input shape.
 
     `speedup` is the ratio of the baseline's latency to this one's, `gain` of the stage before's;
-    `first_call_ms` is that of the first call at this shape, in a fresh process; `device_ms` the
+    `first_call_ms` is that of the first call at this shape, in a fresh process; `resident_ms` the
     median of a call without the copies to a device and back, None on the CPU; `joules` the energy
     of a call and `energy` its ratio to the baseline's, None without a sensor.
     """
@@ -48,7 +48,7 @@ class Load:
     throughput_per_s: float
     speedup: Ratio
     gain: Ratio
-    device_ms: float | None = None
+    resident_ms: float | None = None
     joules: float | None = None
     energy: Ratio | None = None
 

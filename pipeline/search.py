@@ -186,15 +186,15 @@ def as_finalist(recipe: Recipe, settings: Settings) -> Recipe:
 
 
 def _fewer(found: Found, proposals: Proposals) -> str:
-    """Return why there are fewer candidates than trials, nothing if there are no more recipes."""
+    """Return why there are fewer candidates than trials, if there are."""
     tried, trials = len(found.candidates), found.settings.trials
-    if tried == trials or proposals.nothing_left:
+    if tried == trials:
         return ""
+    if proposals.nothing_left:
+        return f"There are no more recipes than these {tried}."
     if _spent(found.candidates) >= found.settings.seconds:
         return f"The time was over after {tried} of {trials} trials."
-    return (
-        f"After {tried} of {trials} trials nothing new was proposed, in {ASKED * trials} proposals."
-    )
+    return f"Of {ASKED * trials} proposals {tried} were new recipes, of {trials} trials."
 
 
 def _spent(candidates: Sequence[Candidate]) -> float:

@@ -132,7 +132,7 @@ def _loads(
                 sequence=sequence if "sequence" in bench.task.axes else None,
                 latency_ms=speed.percentiles(calls),
                 first_call_ms=alone.first_call_ms[at],
-                device_ms=None if alone.device_ms is None else alone.device_ms[at],
+                resident_ms=None if alone.resident_ms is None else alone.resident_ms[at],
                 throughput_per_s=batch * 1e3 / float(np.mean(calls)),
                 speedup=speed.ratio(first[at], this[at]),
                 gain=speed.ratio(previous[at], this[at]),
@@ -145,14 +145,13 @@ def _loads(
 def _energy(
     joules: Mapping[str, list[list[float]]] | None, digests: tuple[str, str, str], at: int
 ) -> dict[str, Any]:
-    """Return the energy of a call, and its ratio to the baseline's, if every turn has its own."""
+    """Return the energy of a call, and its ratio to the baseline's."""
     if joules is None:
         return {}
     before, after = ([[turn] for turn in joules[digest][at]] for digest in (digests[0], digests[2]))
     if not all(used > 0 for [used] in before + after):
-        return {}  # too short for the sensor
-    calls = speed.REWARMED + speed.COUNTED
-    return {"joules": float(np.median(after)) / calls, "energy": speed.ratio(after, before)}
+        return {}  # a sensor that stood still
+    return {"joules": float(np.median(after)), "energy": speed.ratio(after, before)}
 
 
 def _gain_note(before: Stage, stage: Stage) -> str:

@@ -114,14 +114,14 @@ def latencies(stages: Sequence[Json]) -> Iterable[ET.Element]:
 
 
 def _of_calls(load: Json) -> Cells:
-    latency, on_device = load["latency_ms"], load.get("device_ms")
+    latency, resident = load["latency_ms"], load.get("resident_ms")
     return {
         "load": [shape(load)],
         **{name: list(_percentile(latency, name)) for name in PERCENTILES},
         "calls": [str(latency["samples"])],
         "worth": [number(latency["effective_samples"], "{:.0f}")],
         "first": [_ms(load["first_call_ms"])],
-        **({"on device": [_ms(on_device)]} if on_device is not None else {}),
+        **({"without copies": [_ms(resident)]} if resident is not None else {}),
         **({"joules": [f"{load['joules']:.3g}"]} if load.get("joules") is not None else {}),
     }
 

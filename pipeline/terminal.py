@@ -286,7 +286,7 @@ def show_bench(found: Mapping[str, Any]) -> None:
     from pipeline.report import BUSY
 
     artifacts = found["artifacts"]
-    on_device = ["MB on device"] * (artifacts[0]["device_bytes"] is not None)
+    on_device = ["MB on device"] * any(a["device_bytes"] is not None for a in artifacts)
     show_table(
         ("artifact", "runtime", "MB", "parameters", "load s", "first ms", "peak MB", *on_device),
         [
@@ -298,7 +298,7 @@ def show_bench(found: Mapping[str, Any]) -> None:
                 f"{each['load_seconds']:.2f}",
                 f"{each['first_call_ms'][0]:.1f}",
                 f"{each['peak_rss_bytes'] / 1e6:.0f}",
-                *(f"{each['device_bytes'] / 1e6:.0f}" for _ in on_device),
+                *(_megabytes(each["device_bytes"]) for _ in on_device),
             )
             for each in artifacts
         ],
@@ -346,6 +346,10 @@ def _cell(columns: Columns, name: str, result: Mapping[str, Any]) -> str | None:
         return None
 
 
+def _megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.0f}"
+
+
 def _or_dash(pattern: str, value: object) -> str:
     return "-" if value is None else pattern.format(value)
 
@@ -356,7 +360,7 @@ TIMES: Final[Columns] = {
     "p90": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p90"]),
     "p95": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p95"]),
     "p99": lambda r: _or_dash("{:.2f}", r["latency_ms"]["p99"]),
-    "ms on device": lambda r: f"{r['device_ms']:.2f}",
+    "ms without copies": lambda r: f"{r['resident_ms']:.2f}",
     "first token ms": lambda r: _or_dash("{:.2f}", r["first_token_ms"]["p50"]),
     "other tokens ms": lambda r: _or_dash("{:.2f}", r["token_ms"]["p50"]),
     "tokens per s": lambda r: f"{r['tokens_per_s']:.1f}",

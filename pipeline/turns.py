@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, Final
 
 import numpy as np
@@ -228,20 +229,37 @@ def _take_turns(
     this: Bench, turn: Turn, load: tuple[int, int]
 ) -> tuple[dict[str, Turns], dict[str, float | None]]:
     """Return the turns of all artifacts, and the power used in them, where it can be read."""
+    counters = sensors(this.settings)[0]
+    joules, seconds = dict.fromkeys(this.found, 0.0), dict.fromkeys(this.found, 0.0)
+
+    def metered(name: str) -> list[float]:
+        before, start = energy.read(counters), monotonic()
+        latencies = turn(name)
+        joules[name] += energy.joules(counters, before, energy.read(counters))
+        seconds[name] += monotonic() - start
+        return latencies
+
     settings = this.settings
-    counters, _ = energy.counters(settings.device)
-    meter = energy.Meter(counters)
     turns = speed.interleave(
         {name: name for name in this.found},
-        lambda name: meter.during(name, partial(turn, name)),
+        metered,
         rounds=settings.rounds,
         seconds=settings.seconds,
         precision=settings.precision,
         track=this.track,
         what=f"timing {load[0]}x{load[1]}" if load[0] else f"timing {load[1]} tokens",
     )
-    watts = {name: sum(meter.joules[name]) / sum(meter.seconds[name]) for name in turns}
-    return turns, {name: watts[name] if counters else None for name in turns}
+    return turns, {name: joules[name] / seconds[name] if counters else None for name in turns}
+
+
+def sensors(settings: Settings) -> tuple[list[energy.Counter], str]:
+    """Return what tells the power that is used, or nothing and the reason."""
+    if settings.device != "cpu":
+        return (
+            [],
+            "a GPU's counter is too slow for turns; the energy of a call is in a run's report",
+        )
+    return energy.counters(settings.device)
 
 
 def _result(

@@ -1,5 +1,6 @@
 """A model quantized block by block is what its matrices come to one by one, in memory."""
 
+import importlib.metadata
 import json
 import re
 
@@ -11,10 +12,8 @@ from safetensors.numpy import load_file
 from test_gptq import BLOCK, WIDTHS, batches, logits, matrix, rounded
 from tiny_models import tiny
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from pipeline import (
-    calibration,
     from_pretrained,
     prune_heads,
     prune_neurons,
@@ -31,25 +30,42 @@ def data():
 
 
 def matrices(model):
-    """Return the modules with a matrix within the layers, by path."""
-    kinds = {nn.Linear, Conv1D}
+    """Return the linear modules within the layers, by path."""
     named = model.named_modules()
-    return {name: m for name, m in named if type(m) in kinds and re.search(r"\.\d+\.", name)}
+    return {n: m for n, m in named if isinstance(m, nn.Linear) and re.search(r"\.\d+\.", n)}
 
 
 def widths(family):
-    if family == "gpt2":
-        return {"n_embd": 64, "n_head": 2, "n_inner": 96}
     return WIDTHS | ({"num_key_value_heads": 2} if family == "llama" else {})
 
 
+def grams(model, modules):
+    """Return the second moments of all rows that modules read."""
+    found = {name: np.zeros((m.in_features, m.in_features)) for name, m in modules.items()}
+
+    def see(name, states):
+        rows = states.double().flatten(0, -2).numpy()
+        found[name] += rows.T @ rows
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, given, name=name: see(name, given[0]))
+        for name, module in modules.items()
+    ]
+    for each in data():
+        logits(model, each)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 @pytest.mark.parametrize(
-    ("family", "activations"), [("bert", "disk"), ("llama", "memory"), ("gpt2", "disk")]
+    ("family", "activations"),
+    # DeBERTa's projections read a table of positions, too.
+    [("bert", "disk"), ("llama", "memory"), ("deberta-v2", "disk")],
 )
 def test_it_is_what_is_quantized_in_memory(tmp_path, family, activations):
     model = tiny(family, **widths(family))
-    if family != "gpt2":  # whose matrices for queries, keys and values are one
-        prune_heads(model, {0: [1]})
+    prune_heads(model, {0: [1]})
     prune_neurons(model, {1: range(32), 2: range(40, 72)})
     save_pretrained(model.bfloat16(), tmp_path / "whole")
     found = quantize_by_blocks(
@@ -59,17 +75,16 @@ def test_it_is_what_is_quantized_in_memory(tmp_path, family, activations):
     modules = matrices(whole)
     assert found == {"quantized_layers": len(modules), "left_layers": 0}
     before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "few"))
-    seen = calibration.moments(whole, modules, data(), total=0)
+    seen = grams(whole, modules)
     for name, module in modules.items():
-        gram = (seen[name].fit + seen[name].held_out)[:-1, :-1].numpy()
         weight = module.weight.detach().numpy()
-        weight = weight.T if isinstance(module, Conv1D) else weight
-        codes, scales, zeros = weight_only.gptq(weight.T, gram, BLOCK, symmetric=True)
+        codes, scales, zeros = weight_only.gptq(weight.T, seen[name], BLOCK, symmetric=True)
         groups = np.arange(len(codes)) // BLOCK
         expected = (scales[groups] * (codes - zeros[groups].astype(np.float32))).T
         decoded = matrix(after, name)
         np.testing.assert_allclose(decoded, expected, rtol=1e-3, atol=1e-7)  # scales in fp16
-        lost = [np.trace((w - weight) @ gram @ (w - weight).T) for w in (decoded, rounded(weight))]
+        errors = [w - weight for w in (decoded, rounded(weight))]
+        lost = [np.trace(error @ seen[name] @ error.T) for error in errors]
         assert lost[0] < lost[1]
     left = {name for name in before if name.removesuffix(".weight") not in modules}
     assert left == {name for name in after if name.split(".")[-1] in {"weight", "bias"}}
@@ -81,7 +96,8 @@ def test_it_is_what_is_quantized_in_memory(tmp_path, family, activations):
     assert (told["sym"], told["desc_act"], told["format"]) == (True, False, "gptq")
 
 
-def test_what_does_not_fit_is_left_and_named(tmp_path):
+def test_what_does_not_fit_is_left_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: 1 / 0)  # optimum is not needed
     model = tiny("bert", **WIDTHS)
     prune_neurons(model, {0: [5]})  # 95 of 96
     save_pretrained(model, tmp_path / "whole")
@@ -128,6 +144,11 @@ def test_what_cannot_be_done_is_refused(tmp_path):
     save_pretrained(tiny("llama"), tmp_path / "odd")
     with pytest.raises(QuantizationError, match="its inputs of block_size 7, in every layer"):
         quantize_by_blocks(tmp_path / "odd", tmp_path / "few", data=data, block_size=7)
+    save_pretrained(tiny("gpt2", n_embd=64, n_head=2), tmp_path / "gpt2")
+    with pytest.raises(
+        ModelError, match="whose matrices transformers does not open in this format"
+    ):
+        quantize_by_blocks(tmp_path / "gpt2", tmp_path / "few", data=data, block_size=BLOCK)
     with pytest.raises(ModelError, match="there already, expected a new folder"):
         quantize_by_blocks(tmp_path / "odd", tmp_path, data=data)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt2", "odd"]

@@ -36,14 +36,6 @@ def test_energy_is_what_all_packages_used(tmp_path):
     assert energy.joules(found, before, energy.read(found)) == pytest.approx((50 + 30) / 1e6)
 
 
-def test_a_meter_keeps_turns_apart():
-    used = iter([0, 5_000_000, 5_000_000, 9_000_000, 9_000_000, 10_000_000])
-    meter = energy.Meter([energy.Counter(lambda: next(used), wraps=1 << 40)])
-    assert [meter.during(name, name.upper) for name in "aba"] == ["A", "B", "A"]
-    assert meter.joules == {"a": [5, 1], "b": [4]}
-    assert [len(meter.seconds[name]) for name in "ab"] == [2, 1]
-
-
 def test_no_sensor_is_a_reason(tmp_path):
     assert energy.of_processors(tmp_path) == ([], "this machine has no energy counter")
     (tmp_path / "intel-rapl:0").mkdir()
@@ -52,24 +44,27 @@ def test_no_sensor_is_a_reason(tmp_path):
 
 
 class Nvml:
-    """NVIDIA's library with two devices; each call tells more millijoules."""
+    """NVIDIA's library with some devices; each call tells more millijoules."""
 
     NVMLError = pynvml.NVMLError
 
-    def __init__(self):
-        self.asked, self.millijoules = [], 0
+    def __init__(self, count):
+        self.count, self.millijoules = count, 0
 
     def nvmlInit(self):  # noqa: N802
         pass
 
+    def nvmlDeviceGetCount(self):  # noqa: N802
+        return self.count
+
     def nvmlDeviceGetHandleByIndex(self, index):  # noqa: N802
-        self.asked.append(index)
         return index
 
-    nvmlDeviceGetHandleByUUID = nvmlDeviceGetHandleByIndex  # noqa: N815
+    def nvmlDeviceGetUUID(self, handle):  # noqa: N802
+        return f"GPU-{handle}bb1-aabb"
 
     def nvmlDeviceGetMemoryInfo(self, handle):  # noqa: N802
-        return SimpleNamespace(used=5_000_000)
+        return SimpleNamespace(used=1000 + handle)
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle):  # noqa: N802
         if handle == 1:
@@ -78,31 +73,51 @@ class Nvml:
         return self.millijoules
 
 
-def test_a_gpus_counters_are_those_of_the_visible_device(monkeypatch):
-    library = Nvml()
-    monkeypatch.setitem(sys.modules, "pynvml", library)
+@pytest.fixture
+def devices(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert nvidia.used_bytes() == 5_000_000
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    return lambda count: monkeypatch.setitem(sys.modules, "pynvml", Nvml(count))
+
+
+def test_a_gpu_tells_its_memory_and_energy(devices):
+    devices(1)
+    assert nvidia.used_bytes() == (1000, "")
     found, reason = energy.counters("cuda")
     assert reason == ""
     assert energy.joules(found, energy.read(found), energy.read(found)) == pytest.approx(2)
-    for visible in ("1,0", "GPU-5bb1", ""):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        nvidia.used_bytes()
-    assert library.asked == [0, 0, 1, "GPU-5bb1", 0]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert energy.counters("cuda")[1].startswith("the GPU's energy counter cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("visible", "order", "used"),
+    [("1,0", "PCI_BUS_ID", 1001), ("GPU-2bb1", "", 1002), ("1", "", None), ("", "PCI_BUS_ID", None),
+     ("7", "PCI_BUS_ID", None), ("GPU-9", "", None)],
+)  # fmt: skip
+def test_of_several_gpus_it_is_the_visible_one_or_none(devices, monkeypatch, visible, order, used):
+    devices(3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    found, reason = nvidia.used_bytes()
+    assert found == used
+    assert bool(reason) == (used is None)
+
+
+def test_a_gpu_without_an_energy_counter_is_a_reason(devices, monkeypatch):
+    devices(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1")
+    assert energy.counters("cuda")[0] == []
+    assert energy.counters("cuda")[1].startswith("the GPU's counters cannot be read: ")
 
 
 @pytest.mark.skipif(machine.describe().gpu is not None, reason="there is a GPU")
 def test_without_a_driver_the_gpus_counters_are_a_reason(monkeypatch):
-    assert nvidia.used_bytes() is None
-    assert energy.counters("cuda") == (
-        [],
-        "the GPU's counters cannot be read: NVML Shared Library Not Found",
-    )
+    expected = None, "the GPU's counters cannot be read: NVML Shared Library Not Found"
+    assert nvidia.used_bytes() == expected
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert energy.counters("cuda")[1] == "the GPU's counters need nvidia-ml-py, of the extra `gpu`"
+    assert (
+        energy.counters("cuda")[1]
+        == "the GPU's counters need nvidia-ml-py, which the extras `gpu` and `tensorrt` have"
+    )
 
 
 def test_waiting_only_grows():

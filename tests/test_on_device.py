@@ -4,13 +4,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import write_model
+from conftest import write_model, write_recipe
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.worker import Worker
 from exporters.onnx.binding import keeping_cache, resident
 from exporters.onnx.session import predictor
-from pipeline import on_device
+from pipeline import on_device, run
 from pipeline.bench import bench
 from pipeline.checkpoint import open_resident
 from pipeline.openers import RESIDENT
@@ -65,22 +65,33 @@ def test_a_batch_is_put_there_once_and_computed_at_every_call(counter, monkeypat
         "ortvalue_from_numpy",
         lambda array, *where: copies.append(array.shape) or real(array, *where),
     )
+    computed, compute = [], onnxruntime.InferenceSession.run_with_iobinding
+
+    def noted(session, binding):
+        compute(session, binding)
+        computed.append(binding.get_outputs()[0].numpy().item())
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", noted)
     predict = resident(counter, device="cpu", threads=1)
     first, second = ({"input_ids": np.ones((2, length), np.int64)} for length in (3, 5))
     for batch in (first, first, second, second, first):
         assert predict(batch) == {}
     lengths = [shape[1] for shape in copies if len(shape) == 2]  # the others are empty caches
     assert lengths == [3, 5, 3]
+    assert computed == [4 * length for length in (3, 3, 5, 5, 3)]
 
 
-def test_a_torch_model_computes_what_was_put_there(tmp_path):
+def test_a_torch_model_computes_what_was_put_there(tmp_path, monkeypatch):
     model = write_model(tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        type(model), "forward", lambda _, input_ids, **others: seen.append(input_ids.tolist())
+    )
     predict = open_resident(tmp_path, device="cpu", threads=1)
-    assert predict(BATCH) == {}
-    too_long = {name: np.resize(x, (1, 9999)) for name, x in BATCH.items()}
-    assert model.config.max_position_embeddings < 9999
-    with pytest.raises((IndexError, RuntimeError)):
-        predict(too_long)
+    other = {name: x[:, :3] for name, x in BATCH.items()}
+    assert [predict(each) for each in (BATCH, BATCH, other, BATCH)] == [{}] * 4
+    whole, part = (each["input_ids"].tolist() for each in (BATCH, other))
+    assert seen == [whole, whole, part, whole]
 
 
 def test_openers_are_what_a_worker_opens(tmp_path, counter):
@@ -101,9 +112,27 @@ def test_a_model_on_a_gpu_is_told_from_its_copies(tmp_path):
     settings = Settings(loads=((8, 16),), device="cuda", seconds=2)
     (found,) = bench([tmp_path], settings)["artifacts"]
     result = found["results"][0]
-    assert 0 < result["device_ms"] < result["latency_ms"]["p50"]
+    assert 0 < result["resident_ms"] < 2 * result["latency_ms"]["p50"]
     assert found["device_bytes"] > sum(p.nbytes for p in model.parameters())
-    assert result["watts"] > 0
+
+
+@pytest.mark.gpu
+def test_a_graph_on_a_gpu_is_measured_there(tmp_path):
+    recipe = write_recipe(
+        tmp_path,
+        baseline="original",
+        target={"device": "cuda", "loads": [{"batch": 2, "sequence": 16}], "rounds": 6},
+        steps=[{"step": "export", "format": "onnx"}],
+        budget={"max_drop": 0.9, "max_energy": 9.0, "baseline_floor": -1.0},
+    )
+    stage = run(recipe, tmp_path / "out").stages[-1]
+    assert stage.memory["device_peak_bytes"] > stage.size_bytes
+    assert stage.loads[0].resident_ms > 0
+    assert stage.loads[0].joules > 0
+    (found,) = bench(
+        [tmp_path / "out" / "artifact"], Settings(loads=((2, 16),), device="cuda", seconds=2)
+    )["artifacts"]
+    assert found["results"][0]["nodes"]["CUDAExecutionProvider"] > 0
 
 
 @pytest.mark.gpu

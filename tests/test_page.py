@@ -117,14 +117,14 @@ def test_unknown_memory_is_neither_zero_nor_drawn():
     assert "prune: not measured" in text
 
 
-def test_times_on_a_device_have_a_column_of_their_own():
+def test_times_without_copies_have_a_column_of_their_own():
     sample = content(failed())
-    assert "on device" not in page(sample)
+    assert "without copies" not in page(sample)
     for stage in sample["stages"]:
         for load in stage["loads"]:
-            load["device_ms"] = 77.25
+            load["resident_ms"] = 77.25
     text = Tree(page(sample)).text
-    assert "on device" in text
+    assert "without copies" in text
     assert text.count("77.2") >= len(sample["stages"])
 
 

@@ -17,6 +17,7 @@ from conftest import secateur, write_recipe
 from pipeline.front import Found
 from pipeline.inventory import prune
 from pipeline.judging import judge_again
+from pipeline.proposals import Proposals
 from pipeline.reading import RecipeError
 from pipeline.search import read, search
 
@@ -143,13 +144,16 @@ def test_the_command_tells_what_it_found(searched, tmp_path):
     ("limits", "said"),
     [
         ({"seconds": 1e-3}, "The time was over after 1 of 3 trials."),
-        ({"trials": 2}, "After 0 of 2 trials nothing new was proposed, in 0 proposals."),
+        ({"trials": 9}, "There are no more recipes than these 3."),
+        ({"trials": 2}, "Of 2 proposals 1 were new recipes, of 2 trials."),
     ],
 )
 def test_fewer_candidates_than_trials_are_explained(searched, tmp_path, monkeypatch, limits, said):
     _, output, _ = searched
     shutil.copytree(output / "stages", tmp_path / "stages")
-    monkeypatch.setattr("pipeline.search.ASKED", 20 if "seconds" in limits else 0)
+    if limits == {"trials": 2}:  # more recipes than trials, and the same one proposed again
+        monkeypatch.setattr("pipeline.search.ASKED", 1)
+        monkeypatch.setattr(Proposals, "ask", lambda _: {"steps.1.neurons": 0})
     search(output.parent / "recipe.yaml", tmp_path, **limits)
     for name in ("search.md", "search.html"):
         assert said in (tmp_path / name).read_text()

@@ -16,6 +16,12 @@ def test_codes_and_scales_by_hand():
     assert codes.tolist() == [[127, -127], [-63, 64], [0, 0]]
 
 
+def test_the_root_of_an_inverse_by_hand():
+    # [[2, -1], [-1, 1]] is the inverse of [[1, 1], [1, 2]], and UT U of this U.
+    root = weight_only._root_of_inverse(np.array([[1.0, 1.0], [1.0, 2.0]]))
+    np.testing.assert_allclose(root, [[2**0.5, -(0.5**0.5)], [0, 0.5**0.5]], atol=1e-15)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_loses_less_of_the_outputs_than_rounding(symmetric):
     generator = np.random.default_rng(0)

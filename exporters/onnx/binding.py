@@ -4,7 +4,7 @@ On a GPU a plain call copies every input there and every output back. What need 
 the cache between two tokens, and, to tell the device's time from that of the copies, everything.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 from exporters.onnx.session import Arrays, feeder, open_session, runtime
 
 
-def keeping_cache(path: Path, *, device: str, threads: int) -> Callable[[Any], dict[str, Any]]:
+def keeping_cache(
+    path: Path, *, device: str, threads: int
+) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """Return a predictor whose cache never leaves the device.
 
     It is like `predictor` in all else, but for the outputs `present.*`, which are no arrays: they
@@ -24,7 +26,7 @@ def keeping_cache(path: Path, *, device: str, threads: int) -> Callable[[Any], d
     outputs = [output.name for output in session.get_outputs()]
     kept = runtime().OrtValue
 
-    def predict(arrays: Any) -> dict[str, Any]:
+    def predict(arrays: Mapping[str, Any]) -> dict[str, Any]:
         binding = session.io_binding()
         for name, value in given(arrays).items():
             if isinstance(value, kept):
@@ -35,6 +37,7 @@ def keeping_cache(path: Path, *, device: str, threads: int) -> Callable[[Any], d
             binding.bind_output(name, device if _is_cache(name) else "cpu")
         session.run_with_iobinding(binding)
         found = zip(outputs, binding.get_outputs(), strict=True)
+        binding.clear_binding_inputs()  # else an output may keep them, the cache before among them
         return {name: value if _is_cache(name) else value.numpy() for name, value in found}
 
     return predict

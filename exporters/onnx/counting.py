@@ -1,4 +1,4 @@
-"""Multiply-adds of a graph as ONNX Runtime computes it, from the shapes of one call.
+"""What a graph does as ONNX Runtime computes it: multiply-adds, and where each node is computed.
 
 What is counted is what ran, after all fusions: the runtime's own profile names the operator and the
 shapes of every node. So a graph of any origin can be counted, and what is computed in 8 bits is

@@ -186,6 +186,8 @@ def open_session(
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     provider = PROVIDERS[device]
+    if device == "cuda":
+        ort.preload_dlls()  # those of the wheels that the extra `gpu` brings
     found = ort.get_available_providers()
     if provider in found:
         try:

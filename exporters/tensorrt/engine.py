@@ -140,7 +140,7 @@ def open_resident(folder: Path, *, device: str, threads: int) -> Any:
         if held[0] is not arrays:
             held[:] = arrays, engine.put(arrays)
         engine.start()
-        engine.stream.synchronize()
+        engine.wait()
         return {}
 
     return predict
@@ -189,16 +189,16 @@ def _open(folder: Path, device: str, threads: int) -> "_Engine":
 
 
 class _Engine:
-    """An engine that is open, and its stream."""
+    """An engine that is open, with a stream of its own."""
 
     def __init__(self, trt: Any, about: Mapping[str, Any], plan: bytes, folder: Path) -> None:
         import torch
 
-        # Both must outlive the context.
-        self._engine, self._runtime = _deserialised(trt, about, plan, folder)
-        self._context = self._engine.create_execution_context()
+        engine, runtime = _deserialised(trt, about, plan, folder)
+        self._context = engine.create_execution_context()
+        self._held = engine, runtime  # released behind the context, which both must outlive
         self._about, self._folder = about, folder
-        self.stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()
 
     def put(self, arrays: Arrays) -> dict[str, Any]:
         """Return inputs and outputs on the device, where the engine is told to find them.
@@ -209,7 +209,7 @@ class _Engine:
         import torch
 
         refuse_shapes(self._about, arrays)
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self._stream):
             buffers = {
                 name: torch.from_numpy(np.ascontiguousarray(arrays[name])).to(
                     "cuda", getattr(torch, given["dtype"])
@@ -228,17 +228,21 @@ class _Engine:
         return buffers
 
     def start(self) -> None:
-        """Have the device compute; the stream knows when it is done."""
-        if not self._context.execute_async_v3(self.stream.cuda_stream):
+        """Have the device compute."""
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
             raise RuntimeError(f"{self._folder}: the engine did not run")
+
+    def wait(self) -> None:
+        """Return when the device has computed."""
+        self._stream.synchronize()
 
     def fetch(self, buffers: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Return the outputs, when they are there."""
         import torch
 
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self._stream):
             found = {name: buffers[name].cpu() for name in self._about["outputs"]}
-        self.stream.synchronize()
+        self.wait()
         return {name: _plain(tensor) for name, tensor in found.items()}
 
 
