@@ -34,7 +34,7 @@ BUILDERS: Final = {
 READ: Final = frozenset({*BUILDERS.values(), "arrow", "cache", "imagefolder"})
 """What of `datasets` may read a folder or a repository; `cache` is what it has read before."""
 BUILTIN: Final = {"builtin:docstrings": docstrings.load}
-WANTED: Final = ("label", "tags", "answers", "target")
+WANTED: Final = ("label", "score", "tags", "answers", "target")
 """The roles of what a model is to give, which are no part of a row's id."""
 SLICE: Final = "slice"
 """The role of the column by which the gate split is cut; no part of an id either."""

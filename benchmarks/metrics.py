@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 Columns = Mapping[str, NDArray[Any]]
 Floats = NDArray[np.float64]
@@ -82,6 +83,22 @@ def _confusion(columns: Columns) -> Floats:
     return counts.reshape(classes, classes).astype(np.float64)
 
 
+def pearson(columns: Columns) -> float:
+    """Return the correlation of predicted and given scores in [-1, 1], 0 if one does not vary."""
+    return _correlation(columns["predicted"], columns["score"])
+
+
+def spearman(columns: Columns) -> float:
+    """Return the correlation of their ranks; equal ones share the mean of theirs."""
+    return _correlation(rankdata(columns["predicted"]), rankdata(columns["score"]))
+
+
+def _correlation(one: Floats, other: Floats) -> float:
+    one, other = (np.asarray(x, np.float64) - np.mean(x, dtype=np.float64) for x in (one, other))
+    spread = float(np.sqrt((one @ one) * (other @ other)))
+    return float(one @ other) / spread if spread else 0.0
+
+
 def entity_f1(columns: Columns) -> float:
     """Return the micro F1 of whole entities, from the counts of each sentence (CoNLL-2003)."""
     right = int(columns["true_positives"].sum())
@@ -113,6 +130,18 @@ def spoil_entities(columns: Columns, count: int) -> Iterator[Columns]:
         "false_positives": columns["false_positives"] + lost,
         "false_negatives": columns["false_negatives"] + lost,
     }
+
+
+def spoil_scores(columns: Columns, count: int) -> Iterator[Columns]:
+    """Yield columns where `count` examples are predicted beyond the wrong end: what costs most."""
+    predicted, score = (np.asarray(columns[n], np.float64) for n in ("predicted", "score"))
+    low, high = predicted.min(), predicted.max()
+    away = score - np.median(score)
+    ends = np.where(away > 0, low, high)
+    most = np.argsort(-away * (predicted - ends), kind="stable")[:count]
+    spoilt = predicted.copy()
+    spoilt[most] = ends[most]
+    yield {**columns, "predicted": spoilt}
 
 
 def perplexity(columns: Columns) -> float:
@@ -150,5 +179,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "macro_f1": Metric("corpus", macro_f1, spoil_classes),
     "matthews": Metric("corpus", matthews, spoil_classes),
     "entity_f1": Metric("corpus", entity_f1, spoil_entities),
+    "spearman": Metric("corpus", spearman, spoil_scores),
+    "pearson": Metric("corpus", pearson, spoil_scores),
     "perplexity": Metric("perplexity", perplexity),
 }

@@ -82,16 +82,16 @@ class Spread:
 class Fidelity:
     """How far a candidate's decisions are from the baseline's.
 
-    `agreement` is the share of equal decisions; `flips` counts the examples that turned from right
-    to wrong (`broken`) or back (`mended`), None where an example is not right or wrong (arXiv
-    2407.09141). `kl_mean` and `kl_p99` are of KL(baseline || candidate) over the decisions, in
-    nats; `margin` is the median of how much more probable the candidate's decision was than the
+    `agreement` is the share of equal decisions, None where nothing is decided; `flips` counts the
+    examples that turned from right to wrong (`broken`) or back (`mended`), None where an example is
+    not right or wrong (arXiv 2407.09141). `kl_mean` and `kl_p99` are of KL(baseline || candidate)
+    over the decisions, in nats; `margin` is the median of how much more probable the candidate's decision was than the
     next one, `close` the share of decisions where that is below `CLOSE`; None where there are no
     class probabilities. Of a language model, `perplexities` are those of single documents, and
     `perplexity_ratios` what they are of the baseline's.
     """
 
-    agreement: float
+    agreement: float | None
     flips: int | None
     kl_mean: float | None
     broken: int | None = None
@@ -138,7 +138,8 @@ def fidelity(
             "perplexities": _spread(np.exp(after)),
             "perplexity_ratios": _spread(np.exp(after - before)),
         }
-    return Fidelity(agreement=float(np.mean(baseline.decisions == candidate.decisions)), **found)
+    equal = baseline.decisions == candidate.decisions
+    return Fidelity(agreement=float(np.mean(equal)) if len(equal) else None, **found)
 
 
 def divergences(p: NDArray[np.float64], q: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ N examples, W windows of an example, T tokens, C classes, V vocabulary.
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,7 +27,9 @@ from benchmarks.examples import IGNORED, Arrays, Example, Judgement, Window
 class Task:
     """A kind of task; `columns` maps each role to the column it has unless the recipe says so.
 
-    `decodes`: the model reads the target beside the source; see `examples.with_decoder_inputs`.
+    `labelled` is the role whose values are labels; with `regression` the model's one output is a
+    number. `decodes`: the model reads the target beside the source; see
+    `examples.with_decoder_inputs`.
     """
 
     auto_class: str
@@ -37,6 +39,7 @@ class Task:
     judge: Callable[[Example, Sequence[Arrays]], Judgement]
     optional: frozenset[str] = frozenset()
     labelled: str | None = None
+    regression: bool = False
     reduction: str = "none"
     axes: tuple[str, ...] = ("batch", "sequence")
     processor: str = "AutoTokenizer"
@@ -81,15 +84,37 @@ def _texts(rows: Sequence[Row], role: str) -> list[str]:
 def _encode_text(
     rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
 ) -> list[Example]:
+    examples = []
+    for row, inputs in _tokenised(rows, processor, max_length):
+        label = _label_id(row["label"], labels, "label")
+        window = Window(inputs, {"labels": np.asarray(label, np.int64)})
+        examples.append(Example(row["id"], (window,), {"label": label}))
+    return examples
+
+
+def _encode_scored(
+    rows: Sequence[Row], processor: Any, labels: Sequence[str], max_length: int
+) -> list[Example]:
+    del labels
+    examples = []
+    for row, inputs in _tokenised(rows, processor, max_length):
+        score = row["score"]
+        if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
+            raise DataError(f"score: found {score!r}, expected a number")
+        window = Window(inputs, {"labels": np.asarray(score, np.float32)})
+        examples.append(Example(row["id"], (window,), {"score": float(score)}))
+    return examples
+
+
+def _tokenised(
+    rows: Sequence[Row], processor: Any, max_length: int
+) -> Iterator[tuple[Row, Arrays]]:
+    """Yield rows of a text, or of two, with what the model sees of them."""
     pairs = _texts(rows, "text_pair") if "text_pair" in rows[0] else None
     texts = _texts(rows, "text")
     encoding = processor(texts, pairs, truncation=True, max_length=max_length)
-    examples = []
     for index, row in enumerate(rows):
-        label = _label_id(row["label"], labels, "label")
-        window = Window(_inputs(encoding, index), {"labels": np.asarray(label, np.int64)})
-        examples.append(Example(row["id"], (window,), {"label": label}))
-    return examples
+        yield row, _inputs(encoding, index)
 
 
 def _encode_images(
@@ -121,6 +146,11 @@ def _judge_class(example: Example, outputs: Sequence[Arrays]) -> Judgement:
         np.asarray([prediction]),
         log_softmax(np.asarray(logits, np.float64))[None],
     )
+
+
+def _judge_score(example: Example, outputs: Sequence[Arrays]) -> Judgement:
+    columns = {"predicted": float(outputs[0]["logits"][0]), "score": example.reference["score"]}
+    return Judgement(columns, np.empty(0, np.int64))  # nothing is decided
 
 
 def _encode_tokens(
@@ -342,6 +372,15 @@ TASKS: Final[Mapping[str, Task]] = {
         metrics=("accuracy", "macro_f1", "matthews"),
         encode=_encode_text,
         judge=_judge_class,
+    ),
+    "text-regression": Task(
+        auto_class="AutoModelForSequenceClassification",
+        columns={"text": "text", "text_pair": "text_pair", "score": "score"},
+        optional=frozenset({"text_pair"}),
+        regression=True,
+        metrics=("spearman", "pearson"),
+        encode=_encode_scored,
+        judge=_judge_score,
     ),
     "token-classification": Task(
         auto_class="AutoModelForTokenClassification",

@@ -12,7 +12,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from pipeline.report import check_line, evidence, stage_table, step_words
 
-PIPELINES: Final = {"causal-lm": "text-generation", "seq2seq-lm": "text2text-generation"}
+PIPELINES: Final = {
+    "causal-lm": "text-generation",
+    "seq2seq-lm": "text2text-generation",
+    "text-regression": "text-classification",
+}
 """The hub's name of a task, where it is another."""
 
 

@@ -88,7 +88,8 @@ def results(found: Comparison) -> list[str]:
     if found.decisions is not None:
         told = found.decisions
         flips = "" if told.flips is None else f", {told.broken} broken and {told.mended} mended"
-        lines.append(f"decisions: {told.agreement:.4f} are equal{flips}")
+        if told.agreement is not None:
+            lines.append(f"decisions: {told.agreement:.4f} are equal{flips}")
     lines.append(f"size: {b['size_bytes'] / a['size_bytes']:.3g}x")
     peaks = [stage["memory"]["peak_rss_bytes"] for stage in (a, b)]
     if None not in peaks:

@@ -131,8 +131,11 @@ def distillation(
 ) -> Tensor:
     """Return T^2 KL(teacher / T || student / T), averaged over positions `()`.
 
-    `student` and `teacher` are logits `(..., C)`; `mask` `(...)` says which positions count.
+    `student` and `teacher` are logits `(..., C)`; `mask` `(...)` says which positions count. One
+    output is a number, and of it this is the squared difference.
     """
+    if student.shape[-1] == 1:
+        return _mean((student - teacher).square().squeeze(-1), mask)
     divergence = functional.kl_div(
         functional.log_softmax(student / temperature, dim=-1),
         functional.log_softmax(teacher / temperature, dim=-1),

@@ -107,7 +107,7 @@ def check_columns(baseline: Columns, candidate: Columns) -> None:
         for columns in (baseline, candidate):
             if not np.all(np.isfinite(columns[name])):
                 raise EvidenceError(f"score: found NaN or infinity in {name!r}, expected numbers")
-    for name in ("label", "tokens"):
+    for name in ("label", "score", "tokens"):
         if name in baseline and not np.array_equal(baseline[name], candidate[name]):
             raise EvidenceError(
                 f"score: found other values of {name!r}, expected the same examples"

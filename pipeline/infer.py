@@ -178,6 +178,12 @@ def _labelled(model: Model, batch: Arrays) -> list[Answer]:
     return [{"label": names[int(row.argmax())], "probability": float(row.max())} for row in shares]
 
 
+def scores(model: Model, items: Sequence[Any], pairs: Sequence[str] | None) -> list[Answer]:
+    """Return the number for each text."""
+    outputs = model.run(model.batch(model.encode(items, pairs)))["logits"]
+    return [{"score": float(row[0])} for row in outputs]
+
+
 def tags(model: Model, items: Sequence[Any], pairs: Sequence[str] | None) -> list[Answer]:
     """Return the tag of each word; a text that is no list is split at its spaces."""
     del pairs
@@ -273,6 +279,7 @@ ANSWERS: Mapping[str, Callable[[Model, Sequence[Any], Sequence[str] | None], lis
     "question-answering": answers,
     "seq2seq-lm": targets,
     "text-classification": classes,
+    "text-regression": scores,
     "token-classification": tags,
 }
 

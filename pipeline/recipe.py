@@ -363,6 +363,8 @@ def _limit_mistakes(recipe: Recipe, limits: Limited | Limits | Slices, where: st
         yield f"{where}.max_flips: {name} does not call an example right or wrong; leave it out"
     if getattr(limits, "max_kl", None) is not None and not TASKS[kind].labelled:
         yield f"{where}.max_kl: {kind} has no class probabilities; leave it out"
+    if getattr(limits, "min_agreement", None) is not None and TASKS[kind].regression:
+        yield f"{where}.min_agreement: {kind} decides nothing; leave it out"
 
 
 def _budget_mistakes(recipe: Recipe) -> Iterator[str]:

@@ -52,6 +52,8 @@ def original(work: Work) -> Artifact:
         if work.labels and (recipe.task.labels or not work.has_head):
             options["id2label"] = dict(enumerate(work.labels))
             options["label2id"] = {name: at for at, name in enumerate(work.labels)}
+        if work.task.regression and not work.has_head:
+            options["num_labels"] = 1
         model, missing = checkpoint.load(work.source, work.task.auto_class, **options)
         if missing and work.has_head:
             raise ModelError(

@@ -308,6 +308,11 @@ class Work:
 
     def _label_names(self) -> list[str]:
         role = self.task.labelled
+        if self.task.regression and self.has_head and self.config.num_labels != 1:
+            raise ModelError(
+                f"{self.recipe.model.source}: found a model with {self.config.num_labels} outputs,"
+                f" expected one, for {self.recipe.task.kind}"
+            )
         if role is None:
             return []
         if self.recipe.task.labels:

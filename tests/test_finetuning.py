@@ -193,6 +193,11 @@ def test_distillation_is_the_scaled_divergence():
     assert float(distillation(teacher, teacher, 2.0, mask)) == pytest.approx(0, abs=1e-6)
 
 
+def test_of_one_output_it_is_the_squared_difference():
+    student, teacher = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.5], [4.0]])
+    assert float(distillation(student, teacher, 2.0, None)) == (0.25 + 4) / 2
+
+
 @pytest.mark.parametrize(("task_weight", "hidden_weight"), [(0.0, 0.0), (0.3, 0.0), (0.3, 0.7)])
 def test_the_loss_is_the_weighted_sum_of_its_terms(tmp_path, task_weight, hidden_weight):
     student, teacher = write_model(tmp_path / "a"), write_model(tmp_path / "b", seed=1)

@@ -214,6 +214,8 @@ def test_every_metric_can_be_judged():
             for name in ("true_positives", "false_positives", "false_negatives")
         },
         "perplexity": {"nll": np.linspace(1, 2, 50), "tokens": np.ones(50)},
+        "spearman": {"score": np.arange(50.0), "predicted": np.arange(50.0)},
+        "pearson": {"score": np.arange(50.0), "predicted": np.arange(50.0)},
     }
     for name in METRICS:
         allowed = 1.5 if name == "perplexity" else 0.5

@@ -182,6 +182,12 @@ def test_a_limit_that_the_metric_cannot_have_is_told(tmp_path, limit, message):
         read(tmp_path, recipe)
 
 
+def test_numbers_do_not_agree_or_disagree(tmp_path):
+    recipe = GOOD | {"task": GOOD["task"] | {"kind": "text-regression"}}
+    with pytest.raises(RecipeError, match=r"budget.min_agreement: text-regression decides nothing"):
+        read(tmp_path, recipe | {"budget": {"min_agreement": 0.9}})
+
+
 def test_perplexity_has_no_drop(tmp_path):
     task = GOOD["task"] | {"kind": "causal-lm"}
     with pytest.raises(RecipeError, match=r"budget\.max_drop: perplexity grows"):

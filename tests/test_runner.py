@@ -36,7 +36,7 @@ from benchmarks.figures import Ratio
 from benchmarks.machine import Unavailable
 from benchmarks.outcomes import Outcomes
 from exporters.onnx.generation import open_generator
-from pipeline import Recipe, from_pretrained, run, units
+from pipeline import Recipe, from_pretrained, infer, run, units
 from pipeline.checkpoint import ModelError
 from pipeline.manifest import seal
 from pipeline.store import verify
@@ -252,6 +252,38 @@ def test_token_classification_runs(tmp_path):
     assert report.verdict.checks[0].what == "entity_f1 drop"
     assert report.stages[0].fidelity.flips is None
     assert report.stages[-1].fidelity.agreement > 0.5
+
+
+def test_text_regression_runs_and_its_artifact_gives_numbers(tmp_path):
+    recipe = other_task(tmp_path, "text-regression", "bert", num_labels=1)
+    rows = [
+        {"text": text, "score": float(sum(word in WORDS[:6] for word in text.split()))}
+        for text, _ in sentences(120, seed=5)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe["steps"].insert(0, {"step": "finetune", "epochs": 8, "learning_rate": 2e-3})
+    recipe["steps"][2]["teacher"] = "finetune"
+    report = run(Recipe.model_validate(recipe | {"baseline": "finetune"}), tmp_path / "out")
+    assert report.stages[0].score.metric == "spearman"
+    assert report.stages[0].score.value > 0.5
+    assert report.verdict.checks[0].what == "spearman drop"
+    assert report.stages[-1].fidelity.agreement is None
+    kept = Outcomes.load(tmp_path / "out" / "evidence" / "candidate.safetensors")
+    answers = infer.Model(tmp_path / "out" / "artifact")([row["text"] for row in rows[60:]])
+    found = [answer["score"] for answer in answers]
+    assert found == pytest.approx(kept.columns["predicted"].tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"), [(3, "found a model with 3 outputs, expected one")]
+)
+def test_a_regression_takes_one_output(tmp_path, outputs, message):
+    recipe = other_task(tmp_path, "text-regression", "bert", num_labels=outputs)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": "good film", "score": 1.0}))
+    recipe["task"]["splits"] = {"gate": "train"}
+    recipe["steps"] = [{"step": "quantize"}]
+    with pytest.raises(ModelError, match=message):
+        run(Recipe.model_validate(recipe), tmp_path / "out")
 
 
 def test_question_answering_runs(tmp_path):

@@ -54,6 +54,27 @@ def test_a_class_is_judged_by_its_largest_logit(tokenizer):
     assert np.exp(judged.log_probabilities[0]) == pytest.approx([0.25, 0.75])
 
 
+def test_numbers_are_encoded_and_judged_as_they_are(tokenizer):
+    rows = [
+        {"text": "good film", "text_pair": "bad", "score": 3.5},
+        {"text": "", "text_pair": "", "score": 2},
+    ]
+    first, second = encode("text-regression", rows, tokenizer)
+    assert first.windows[0].inputs["input_ids"].tolist() == [2, 4, 10, 3, 7, 3]
+    assert [each.windows[0].labels["labels"].item() for each in (first, second)] == [3.5, 2.0]
+    assert first.windows[0].labels["labels"].dtype == np.float32
+    judged = TASKS["text-regression"].judge(first, [{"logits": np.asarray([3.25])}])
+    assert judged.columns == {"predicted": 3.25, "score": 3.5}
+    assert len(judged.decisions) == 0
+    assert judged.log_probabilities is None
+
+
+@pytest.mark.parametrize("score", ["high", True, float("nan")])
+def test_a_score_that_is_no_number_is_said(tokenizer, score):
+    with pytest.raises(DataError, match=f"score: found {score!r}, expected a number"):
+        encode("text-regression", [{"text": "good", "score": score}], tokenizer)
+
+
 def test_images_become_pixels():
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     row = {"image": Image.new("L", (20, 30), 255), "label": "dog"}
