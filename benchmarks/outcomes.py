@@ -85,10 +85,10 @@ class Fidelity:
     `agreement` is the share of equal decisions, None where nothing is decided; `flips` counts the
     examples that turned from right to wrong (`broken`) or back (`mended`), None where an example is
     not right or wrong (arXiv 2407.09141). `kl_mean` and `kl_p99` are of KL(baseline || candidate)
-    over the decisions, in nats; `margin` is the median of how much more probable the candidate's decision was than the
-    next one, `close` the share of decisions where that is below `CLOSE`; None where there are no
-    class probabilities. Of a language model, `perplexities` are those of single documents, and
-    `perplexity_ratios` what they are of the baseline's.
+    over the decisions, in nats; `margin` is the median of how much more probable the candidate's
+    decision was than the next one, `close` the share of decisions where that is below `CLOSE`; None
+    where there are no class probabilities. Of a language model, `perplexities` are those of single
+    documents, and `perplexity_ratios` what they are of the baseline's.
     """
 
     agreement: float | None
