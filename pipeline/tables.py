@@ -139,6 +139,9 @@ def decisions(report: Json) -> Iterable[ET.Element]:
     """Yield the table of how far each stage's decisions are from the baseline's."""
     found = [stage["fidelity"] for stage in report["stages"]]
     known = [column for column in DECISIONS if any(f[column[1]] is not None for f in found)]
+    if not known:
+        yield tag("p", "Nothing is decided: the answers are numbers.", class_="hint")
+        return
     groups = []
     for stage, fidelity in zip(report["stages"], found, strict=True):
         cells = {title: list(_spread(fidelity[key], form)) for title, key, form, _ in known}

@@ -128,6 +128,13 @@ def test_times_without_copies_have_a_column_of_their_own():
     assert text.count("77.2") >= len(sample["stages"])
 
 
+def test_where_nothing_is_decided_the_page_says_so():
+    sample = content(failed())
+    for stage in sample["stages"]:
+        stage["fidelity"] = dict.fromkeys(stage["fidelity"])
+    assert "Nothing is decided: the answers are numbers." in Tree(page(sample)).text
+
+
 def test_a_score_of_zero_is_drawn_like_any_other():
     sample = content(failed())
     for stage in sample["stages"]:

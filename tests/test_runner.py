@@ -256,20 +256,24 @@ def test_token_classification_runs(tmp_path):
 
 def test_text_regression_runs_and_its_artifact_gives_numbers(tmp_path):
     recipe = other_task(tmp_path, "text-regression", "bert", num_labels=1)
+    good, bad = WORDS[:3], WORDS[3:6]
     rows = [
-        {"text": text, "score": float(sum(word in WORDS[:6] for word in text.split()))}
-        for text, _ in sentences(120, seed=5)
+        {"text": text, "score": sum((w in good) - (w in bad) for w in text.split())}
+        for text, _ in ROWS
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    recipe["steps"].insert(0, {"step": "finetune", "epochs": 8, "learning_rate": 2e-3})
+    splits = {"train": "train[:700]", "calibration": "train[700:800]", "gate": "train[1200:]"}
+    recipe["task"]["splits"] = splits
+    recipe["steps"].insert(0, {"step": "finetune", "epochs": 20, "learning_rate": 2e-3})
     recipe["steps"][2]["teacher"] = "finetune"
+    recipe["steps"][3] = {"step": "export"}
     report = run(Recipe.model_validate(recipe | {"baseline": "finetune"}), tmp_path / "out")
     assert report.stages[0].score.metric == "spearman"
     assert report.stages[0].score.value > 0.5
     assert report.verdict.checks[0].what == "spearman drop"
     assert report.stages[-1].fidelity.agreement is None
     kept = Outcomes.load(tmp_path / "out" / "evidence" / "candidate.safetensors")
-    answers = infer.Model(tmp_path / "out" / "artifact")([row["text"] for row in rows[60:]])
+    answers = infer.Model(tmp_path / "out" / "artifact")([row["text"] for row in rows[1200:]])
     found = [answer["score"] for answer in answers]
     assert found == pytest.approx(kept.columns["predicted"].tolist(), abs=1e-3)
 
