@@ -73,12 +73,17 @@ def load(
         name: _rows(tables, f"{source}: {name}: {spec}", spec, {**columns, **more.get(name, {})})
         for name, spec in splits.items()
     }
+    for name, found in rows.items():
+        if not found:
+            raise DataError(
+                f"{source}: split {splits[name]!r} ({name}): found 0 examples, expected at least 1"
+            )
     _separate(rows, overlap)
     for name, found in rows.items():
         if not found:
             raise DataError(
-                f"{source}: split {splits[name]!r} ({name}): found 0 examples"
-                f"{' that no other split has' if overlap == 'drop' else ''}, expected at least 1"
+                f"{source}: split {splits[name]!r} ({name}): found 0 examples that no other split"
+                " has, expected at least 1"
             )
     return rows
 

@@ -183,8 +183,8 @@ def check_energy(load: Mapping[str, Any], allowed: float) -> Check:
     what, ratio = f"energy at {shape(load)}", load.get("energy")
     if ratio is None:
         raise EvidenceError(
-            f"{what}: found no measurement, expected one; it takes a sensor that may be read, and"
-            " turns that last long enough for it"
+            f"{what}: found no measurement, expected one; run the recipe where a sensor of energy"
+            " may be read"
         )
     value, low, high = (_number(what, ratio.get(name)) for name in ("value", "low", "high"))
     outcome: Outcome = "pass" if high <= allowed else "fail" if low > allowed else "inconclusive"

@@ -10,6 +10,7 @@ multiples of 32, and optimum takes a matrix only if it does so in every layer. W
 after cuts to odd widths, stays in floating point, and the configuration says so.
 """
 
+import math
 import os
 from collections.abc import Iterable
 from importlib import import_module
@@ -114,8 +115,8 @@ def chosen(where: str, layers: nn.ModuleList, block_size: int) -> tuple[list[str
         raise QuantizationError(
             f"{METHOD}: found no matrix in {where} whose inputs and outputs are multiples of"
             f" {PACKED}, and its inputs of block_size {block_size}, in every layer, expected one at"
-            f" least; cut neurons with `multiple: {PACKED}`, or quantize with int4-weights and"
-            " `algorithm: gptq`"
+            f" least; cut neurons to multiples of {math.lcm(PACKED, block_size)}, or take a smaller"
+            " block size"
         )
     return names, sum(map(len, fitting)) - len(names) * len(layers)
 

@@ -27,6 +27,7 @@ from pipeline import blocks, checkpoint, gptq, tensors, weight_only
 from pipeline.blocks import Blocks, Keeping, return_what_is_freed, write_around
 from pipeline.calibration import Batch, Moments
 from pipeline.checkpoint import ModelError
+from pipeline.quantization import QuantizationError
 from pipeline.store import publish
 
 IN_A_WORD: Final = 8
@@ -57,9 +58,8 @@ def quantize_by_blocks(
 
     Raises:
         FloatingPointError: an activation is not finite.
-        ModelError: there is no such model, it does not go block by block, or nothing opens it in
-            this format; `folder` is there already.
-        QuantizationError: no matrix fits the format.
+        ModelError: there is no such model, it does not go block by block, no matrix of it fits the
+            format, or nothing opens it in this format; `folder` is there already.
         ValueError: there are too few calibration windows.
     """
     source, folder = Path(source), Path(folder)
@@ -67,7 +67,10 @@ def quantize_by_blocks(
         raise ModelError(f"{folder}: there already, expected a new folder")
     return_what_is_freed()
     this = blocks.open_blocks(source)
-    names, left = gptq.chosen(this.path, this.layers, block_size)
+    try:
+        names, left = gptq.chosen(this.path, this.layers, block_size)
+    except QuantizationError as error:
+        raise ModelError(f"{source}: {error}") from error
     paths = [f"{this.name(at)}.{name}" for at in range(len(this.layers)) for name in names]
     if any(isinstance(this.model.get_submodule(path), Conv1D) for path in paths):
         raise ModelError(

@@ -89,7 +89,7 @@ def row(candidate: Json, loads: int) -> tuple[str, ...]:
     return (
         f"{candidate['number']}{star}",
         picked,
-        *("-" if each is None else f"{each[0]:.2f}" for each in speedups),
+        *("-" if each is None else "{:.2f} ({:.2f}-{:.2f})".format(*each) for each in speedups),
         "-" if candidate["size"] is None else f"{candidate['size']:.3f}",
         "-" if lost is None else f"{lost:.4f}{part}",
         said,
