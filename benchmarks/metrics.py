@@ -93,7 +93,7 @@ def spearman(columns: Columns) -> float:
 
 
 def _ranks(values: NDArray[Any]) -> Floats:
-    """Return ranks from 1 on; equal ones share the mean. The gate takes no time to import scipy."""
+    """Return ranks from 1 on; equal ones share the mean. scipy.stats is slow to import."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     ranks: Floats = np.cumsum(counts) - (counts - 1) / 2
     return ranks[places]

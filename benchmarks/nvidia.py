@@ -64,12 +64,13 @@ def _device(library: ModuleType) -> Any:
     handles = [library.nvmlDeviceGetHandleByIndex(at) for at in range(count)]
     name = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
     if name.startswith("GPU-"):  # CUDA takes the beginning of a UUID
-        handles = [each for each in handles if library.nvmlDeviceGetUUID(each).startswith(name)]
-        return handles[0]
+        for handle in handles:
+            if library.nvmlDeviceGetUUID(handle).startswith(name):
+                return handle
     if name.startswith("MIG-"):
         return library.nvmlDeviceGetHandleByUUID(name)
-    if count > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
+    if name.isdigit() and count > 1 and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID":
         raise LookupError(f"found {count} GPUs, expected CUDA_DEVICE_ORDER=PCI_BUS_ID with several")
-    if not name.isdigit():
-        raise LookupError(f"found CUDA_VISIBLE_DEVICES {name!r}, expected a device")
+    if not name.isdigit() or int(name) >= count:
+        raise LookupError(f"found CUDA_VISIBLE_DEVICES {name!r}, expected one of {count} devices")
     return handles[int(name)]

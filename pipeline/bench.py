@@ -77,11 +77,16 @@ def compare(
         "settings": asdict(settings) | {"text": settings.text and str(settings.text)},
         "machine": asdict(machine.describe()) | {"stalled": stalled},
         "no_watts": sensors(settings)[1],
-        "no_device_bytes": nvidia.used_bytes()[1] if settings.device == "cuda" else "",
+        "no_device_bytes": _no_device_bytes(settings.device),
         "artifacts": [
             _about(this, name) | alone[name] | {"results": results[name]} for name in found
         ],
     }
+
+
+def _no_device_bytes(device: str) -> str:
+    """Return why the memory of the device is not known, nothing if it is."""
+    return nvidia.used_bytes()[1] if device == "cuda" else "the CPU's is that of the process"
 
 
 def _named(found: Sequence[Candidate]) -> dict[str, Candidate]:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
+from exporters import held
 from exporters.onnx.graph import quiet
 from pipeline import bnb, gptq, selfcheck, surgery, trust
 
@@ -327,26 +328,20 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Predictor:
 
 
 def open_resident(folder: Path, *, device: str, threads: int) -> Predictor:
-    """Return a predictor that leaves all outputs on the device, and returns none of them.
-
-    A batch is put there at its first call, and a call ends when the device has computed.
+    """Return a predictor that copies nothing back, see `held.resident`.
 
     Raises:
         Unavailable: the device is not there.
     """
     model = open_model(folder, device=device, threads=threads)
-    held: list[Any] = [None, None]
 
-    def predict(inputs: Arrays) -> Arrays:
-        if held[0] is not inputs:
-            held[:] = inputs, _put(inputs, model)
+    def compute(tensors: dict[str, torch.Tensor]) -> None:
         with torch.inference_mode():
-            model(**held[1])
+            model(**tensors)
         if model.device.type == "cuda":
             torch.cuda.synchronize()
-        return {}
 
-    return predict
+    return held.resident(lambda inputs: _put(inputs, model), compute)
 
 
 def _put(inputs: Arrays, model: PreTrainedModel) -> dict[str, torch.Tensor]:

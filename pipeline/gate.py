@@ -183,13 +183,19 @@ def check_energy(load: Mapping[str, Any], allowed: float) -> Check:
     what, ratio = f"energy at {shape(load)}", load.get("energy")
     if ratio is None:
         raise EvidenceError(
-            f"{what}: found no measurement, expected one; run the recipe where a sensor of energy"
-            " may be read"
+            f"{what}: found no measurement, expected one; no sensor of energy could be read where"
+            " it was run, or it stood still"
         )
-    value, low, high = (_number(what, ratio.get(name)) for name in ("value", "low", "high"))
+    bounds = (_number(what, ratio.get(name)) for name in ("value", "low", "high"))
+    return _at_most(what, allowed, *bounds, note="the turns differ too much; run it undisturbed")
+
+
+def _at_most(
+    what: str, allowed: float, value: float, low: float, high: float, *, note: str
+) -> Check:
+    """Return the check of a quantity by its interval; `note` says what to do if it is open."""
     outcome: Outcome = "pass" if high <= allowed else "fail" if low > allowed else "inconclusive"
-    note = "measure more rounds (target.rounds)" if outcome == "inconclusive" else ""
-    return Check(what, allowed, value, low, high, outcome, note)
+    return Check(what, allowed, value, low, high, outcome, note * (outcome == "inconclusive"))
 
 
 def check_latency(name: str, load: Mapping[str, Any], allowed: float) -> Check:
@@ -205,10 +211,8 @@ def check_latency(name: str, load: Mapping[str, Any], allowed: float) -> Check:
         raise EvidenceError(
             f"{what}: found too few samples for its interval, expected more; raise target.rounds"
         )
-    value, low, high = (_number(what, x) for x in (latency[name], *bounds))
-    outcome: Outcome = "pass" if high <= allowed else "fail" if low > allowed else "inconclusive"
-    note = "measure more rounds (target.rounds)" if outcome == "inconclusive" else ""
-    return Check(what, allowed, value, low, high, outcome, note)
+    found = (_number(what, x) for x in (latency[name], *bounds))
+    return _at_most(what, allowed, *found, note="measure more rounds (target.rounds)")
 
 
 def check_throughput(load: Mapping[str, Any], least: float) -> Check:

@@ -278,15 +278,12 @@ def test_text_regression_runs_and_its_artifact_gives_numbers(tmp_path):
     assert found == pytest.approx(kept.columns["predicted"].tolist(), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("outputs", "message"), [(3, "found a model with 3 outputs, expected one")]
-)
-def test_a_regression_takes_one_output(tmp_path, outputs, message):
-    recipe = other_task(tmp_path, "text-regression", "bert", num_labels=outputs)
+def test_a_regression_takes_one_output(tmp_path):
+    recipe = other_task(tmp_path, "text-regression", "bert", num_labels=3)
     (tmp_path / "data.jsonl").write_text(json.dumps({"text": "good film", "score": 1.0}))
     recipe["task"]["splits"] = {"gate": "train"}
     recipe["steps"] = [{"step": "quantize"}]
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(ModelError, match="found a model with 3 outputs, expected one"):
         run(Recipe.model_validate(recipe), tmp_path / "out")
 
 

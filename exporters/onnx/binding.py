@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from exporters import held
 from exporters.onnx.session import Arrays, feeder, open_session, runtime
 
 
@@ -48,27 +49,22 @@ def _is_cache(name: str) -> bool:
 
 
 def resident(path: Path, *, device: str, threads: int) -> Callable[[Arrays], Arrays]:
-    """Return a predictor that leaves all outputs on the device, and returns none of them.
-
-    A batch is put there at its first call, and a call ends when the device has computed. For errors
-    see `predictor`.
-    """
+    """Return a predictor that copies nothing back, see `held.resident`; errors of `predictor`."""
     session = open_session(path, device=device, threads=threads)
     given = feeder({node.name: node.shape for node in session.get_inputs()})
     kept = runtime().OrtValue
-    held: list[Any] = [None, None]
 
-    def predict(arrays: Arrays) -> Arrays:
-        if held[0] is not arrays:
-            binding = session.io_binding()
-            for name, array in given(arrays).items():
-                there = kept.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
-                binding.bind_ortvalue_input(name, there)
-            for output in session.get_outputs():
-                binding.bind_output(output.name, device)
-            held[:] = arrays, binding
-        session.run_with_iobinding(held[1])
-        held[1].synchronize_outputs()
-        return {}
+    def put(arrays: Arrays) -> Any:
+        binding = session.io_binding()
+        for name, array in given(arrays).items():
+            there = kept.ortvalue_from_numpy(np.ascontiguousarray(array), device, 0)
+            binding.bind_ortvalue_input(name, there)
+        for output in session.get_outputs():
+            binding.bind_output(output.name, device)
+        return binding
 
-    return predict
+    def compute(binding: Any) -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return held.resident(put, compute)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import ExportError, NotHere
+from exporters import ExportError, NotHere, held
 from exporters.tensorrt.library import FULL, Gpu, gpu, library, logger, version
 
 PLAN: Final = Path("tensorrt", "model.plan")
@@ -128,22 +128,18 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Any:
 
 
 def open_resident(folder: Path, *, device: str, threads: int) -> Any:
-    """Return a predictor that leaves all outputs on the device, and returns none of them.
+    """Return a predictor that copies nothing back, see `held.resident`.
 
-    A batch is put there at its first call, and a call ends when the device has computed. For errors
-    see `open_predictor`.
+    Raises:
+        ExportError, MissingDependency, NotHere: see `check`.
     """
     engine = _open(folder, device, threads)
-    held: list[Any] = [None, None]
 
-    def predict(arrays: Arrays) -> dict[str, NDArray[Any]]:
-        if held[0] is not arrays:
-            held[:] = arrays, engine.put(arrays)
+    def compute(_: Mapping[str, Any]) -> None:
         engine.start()
         engine.wait()
-        return {}
 
-    return predict
+    return held.resident(engine.put, compute)
 
 
 def invalid(trt: Any, plan: Buffer) -> str:
