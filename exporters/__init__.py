@@ -5,7 +5,11 @@ A format is a module of this folder, imported only when a recipe names it. It ha
 a torch model, a file and a folder; nothing of recipes, stages or measurements.
 """
 
+from collections.abc import Callable, Mapping
 from pkgutil import iter_modules
+from typing import Any
+
+Arrays = Mapping[str, Any]
 
 
 class ExportError(RuntimeError):
@@ -23,3 +27,25 @@ class NotHere(RuntimeError):
 def formats() -> list[str]:
     """Return the names of the formats there are."""
     return sorted(module.name for module in iter_modules(__path__))
+
+
+def without_copies(
+    put: Callable[[Arrays], Any], compute: Callable[[Any], object]
+) -> Callable[[Arrays], Arrays]:
+    """Return a predictor that leaves its outputs on the device, and batches until another comes.
+
+    Args:
+        put: returns a batch on the device; called when it is another one than at the call before.
+        compute: returns when the device has computed what was put there.
+    """
+    batch: Arrays | None = None
+    there: Any = None
+
+    def predict(arrays: Arrays) -> Arrays:
+        nonlocal batch, there
+        if batch is not arrays:
+            batch, there = arrays, put(arrays)
+        compute(there)
+        return {}
+
+    return predict

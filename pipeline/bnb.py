@@ -11,7 +11,9 @@ across their ends (NF4 of Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -63,6 +65,8 @@ def library() -> ModuleType:
     Raises:
         MissingDependency: it is not installed.
     """
+    # On CPUs with AVX512-BF16 it looks for a faster kernel on the hub, and says if there is none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         found = import_module("bitsandbytes")
     except ImportError:
@@ -118,23 +122,67 @@ def count(model: PreTrainedModel, method: str) -> int:
 
 
 def settle(model: nn.Module) -> None:
-    """Let layers compute as on any CPU if AVX512-BF16 would not take their shape, in place.
+    """Let layers whose shape the library's kernels for AVX512 do not take compute all the same.
 
-    The library (0.50) packs NF4 matrices in panels there, and fails where these do not come out
-    even, as in layers that were cut.
+    Such shapes are common in layers that were cut. On CPUs with AVX512-BF16 the library (0.50)
+    packs NF4 matrices in panels, and fails where these do not come out even. On CPUs with AVX512
+    it takes each row to start a block, and computes with the scales of others where none does.
     """
     for layer in layers(model).values():
         state = getattr(layer.weight, "quant_state", None)
-        if state is not None and (state.shape[0] % PANEL or state.shape[1] % state.blocksize):
+        if state is not None and state.shape[1] % state.blocksize:
+            setattr(layer, "forward", partial(_forward, layer))  # noqa: B010 - of this one alone
+        elif state is not None and state.shape[0] % PANEL:
             setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not on Module
+
+
+def check_unpacked(model: nn.Module) -> None:
+    """Check that layers still hold their scales in fp32.
+
+    The library (0.50) rounds those of NF4 to bf16 at the first call on a CPU with AVX512-BF16, and
+    would save them in another order than it reads them.
+
+    Raises:
+        QuantizationError: they do not.
+    """
+    for name, layer in layers(model).items():
+        state = getattr(layer.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise QuantizationError(
+                f"{name}: found scales that bitsandbytes has rounded to bf16 at the first call on"
+                " this CPU, expected those in fp32; open the folder again, and save or export the"
+                " model before it is called"
+            )
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Return what a layer of the library gives for `x` (..., I): (..., O), in the dtype of `x`."""
+    if x.device.type != "cpu":
+        given: torch.Tensor = type(layer).forward(layer, x)
+        return given
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return nn.functional.linear(x, _matrix(layer).to(x.dtype), bias)
+
+
+def _matrix(layer: Any) -> torch.Tensor:
+    """Return what the codes of an NF4 layer stand for, `(O, I)` in fp32 on the CPU.
+
+    As one row, since blocks go on from row to row, which the library's kernel for AVX512 misses.
+    """
+    state = copy(layer.weight.quant_state)
+    state.shape = torch.Size([layer.weight.quant_state.shape.numel()])
+    flat = library().functional.dequantize_4bit(layer.weight.data.cpu(), state)
+    matrix: torch.Tensor = flat.float().reshape(layer.weight.quant_state.shape)
+    return matrix
 
 
 def plain(model: PreTrainedModel) -> dict[str, Codes]:
     """Put plain layers in the place of quantized ones, in place, and return what those held.
 
     Raises:
-        QuantizationError: a layer's format is not one of `METHODS`.
+        QuantizationError: a layer's format is not one of `METHODS`, or its scales were rounded.
     """
+    check_unpacked(model)
     found = {}
     for name, layer in layers(model).items():
         held = found[name] = _codes(name, layer)
@@ -164,10 +212,9 @@ def _codes(name: str, layer: Any) -> Codes:
         raise QuantizationError(
             f"{name}: found {kind}, expected nf4 whose scales are fp32; quantize it with bnb-nf4"
         )
-    packed = layer.weight.data.cpu()
-    matrix = library().functional.dequantize_4bit(packed, state).float().numpy()
-    codes = packed.view(torch.uint8).numpy().reshape(-1)
-    return Codes(codes, state.absmax.float().cpu().numpy(), matrix, state.blocksize)
+    codes = layer.weight.data.cpu().view(torch.uint8).numpy().reshape(-1)
+    scales = state.absmax.float().cpu().numpy()
+    return Codes(codes, scales, _matrix(layer).numpy(), state.blocksize)
 
 
 def carry_over(graphs: Sequence[Path], folder: Path, held: Mapping[str, Codes]) -> int:

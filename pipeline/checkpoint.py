@@ -22,7 +22,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from benchmarks.machine import Unavailable
 from benchmarks.worker import Arrays, Predictor
-from exporters import held
+from exporters import without_copies
 from exporters.onnx.graph import quiet
 from pipeline import bnb, gptq, selfcheck, surgery, trust
 
@@ -54,7 +54,9 @@ def save_pretrained(model: PreTrainedModel, folder: str | Path) -> None:
 
     Raises:
         NotADirectoryError: `folder` is a file.
+        QuantizationError: the model was quantized, and called, see `bnb.check_unpacked`.
     """
+    bnb.check_unpacked(model)
     if Path(folder).is_file():  # the library says so in a log line, and goes on
         raise NotADirectoryError(f"{folder}: found a file, expected a folder or none")
     model.save_pretrained(folder)
@@ -328,7 +330,7 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Predictor:
 
 
 def open_resident(folder: Path, *, device: str, threads: int) -> Predictor:
-    """Return a predictor that copies nothing back, see `held.resident`.
+    """Return a predictor that copies nothing back, see `exporters.without_copies`.
 
     Raises:
         Unavailable: the device is not there.
@@ -341,7 +343,7 @@ def open_resident(folder: Path, *, device: str, threads: int) -> Predictor:
         if model.device.type == "cuda":
             torch.cuda.synchronize()
 
-    return held.resident(lambda inputs: _put(inputs, model), compute)
+    return without_copies(lambda inputs: _put(inputs, model), compute)
 
 
 def _put(inputs: Arrays, model: PreTrainedModel) -> dict[str, torch.Tensor]:

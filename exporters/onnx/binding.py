@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from exporters import held
+from exporters import without_copies
 from exporters.onnx.session import Arrays, feeder, open_session, runtime
 
 
@@ -49,7 +49,7 @@ def _is_cache(name: str) -> bool:
 
 
 def resident(path: Path, *, device: str, threads: int) -> Callable[[Arrays], Arrays]:
-    """Return a predictor that copies nothing back, see `held.resident`; errors of `predictor`."""
+    """Return a predictor that copies nothing back, see `without_copies`; errors of `predictor`."""
     session = open_session(path, device=device, threads=threads)
     given = feeder({node.name: node.shape for node in session.get_inputs()})
     kept = runtime().OrtValue
@@ -67,4 +67,4 @@ def resident(path: Path, *, device: str, threads: int) -> Callable[[Arrays], Arr
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    return held.resident(put, compute)
+    return without_copies(put, compute)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from exporters import ExportError, NotHere, held
+from exporters import ExportError, NotHere, without_copies
 from exporters.tensorrt.library import FULL, Gpu, gpu, library, logger, version
 
 PLAN: Final = Path("tensorrt", "model.plan")
@@ -128,7 +128,7 @@ def open_predictor(folder: Path, *, device: str, threads: int) -> Any:
 
 
 def open_resident(folder: Path, *, device: str, threads: int) -> Any:
-    """Return a predictor that copies nothing back, see `held.resident`.
+    """Return a predictor that copies nothing back, see `exporters.without_copies`.
 
     Raises:
         ExportError, MissingDependency, NotHere: see `check`.
@@ -139,7 +139,7 @@ def open_resident(folder: Path, *, device: str, threads: int) -> Any:
         engine.start()
         engine.wait()
 
-    return held.resident(engine.put, compute)
+    return without_copies(engine.put, compute)
 
 
 def invalid(trt: Any, plan: Buffer) -> str:
