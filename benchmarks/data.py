@@ -21,6 +21,8 @@ from benchmarks import docstrings, links
 
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
+Dropped = dict[str, int]
+"""How many examples were taken out of each split."""
 
 # The file formats that `datasets` reads; `.gz` behind any of them is read as it is.
 BUILDERS: Final = {
@@ -58,8 +60,8 @@ def load(
     columns: Mapping[str, str],
     overlap: Literal["error", "drop"],
     slice_column: str | None = None,
-) -> Splits:
-    """Return the rows of every split, with one key a role of `columns` and `id`.
+) -> tuple[Splits, Dropped]:
+    """Return the rows of every split, with one key a role of `columns` and `id`, and what was left.
 
     The gate's rows have the value of `slice_column`, too, if there is one.
 
@@ -78,6 +80,7 @@ def load(
             raise DataError(
                 f"{source}: split {splits[name]!r} ({name}): found 0 examples, expected at least 1"
             )
+    asked = {name: len(found) for name, found in rows.items()}
     _separate(rows, overlap)
     for name, found in rows.items():
         if not found:
@@ -85,7 +88,7 @@ def load(
                 f"{source}: split {splits[name]!r} ({name}): found 0 examples that no other split"
                 " has, expected at least 1"
             )
-    return rows
+    return rows, {name: asked[name] - len(found) for name, found in rows.items()}
 
 
 def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:

@@ -22,13 +22,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from benchmarks import nvidia
+from benchmarks.machine import Unavailable
 from benchmarks.memory import peak_rss_bytes
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -37,6 +38,8 @@ Predictor = Callable[[Arrays], Arrays]
 PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 REPLY_SECONDS: Final = 600.0
 """How long a command may take before the worker counts as hung."""
+NOT_HERE: Final = frozenset({"MissingDependency", "NotHere", "Unavailable"})
+"""Errors of openers that say what this machine lacks; by name, since not all are known here."""
 
 
 class WorkerError(RuntimeError):
@@ -47,6 +50,12 @@ class Worker:
     """The parent's end: starts the process, sends commands, waits for replies."""
 
     def __init__(self, opener: str, folder: Path, *, device: str, threads: int) -> None:
+        """Open an artifact.
+
+        Raises:
+            Unavailable: this machine lacks what the opener needs; the message is the opener's.
+            WorkerError: the process ended, or hung.
+        """
         self._name = f"{folder} ({opener.partition(':')[0]}, {device})"
         # Closed in `close`: the process writes to it as long as it lives.
         self._stderr = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
@@ -174,6 +183,8 @@ class Worker:
         if not line:
             raise self._failure()
         reply: dict[str, Any] = json.loads(line)
+        if "unavailable" in reply:
+            raise Unavailable(reply["unavailable"])
         return reply
 
     def _failure(self) -> WorkerError:
@@ -236,10 +247,20 @@ def main(opener: str, folder: str, device: str, threads: str) -> None:
     floor = peak_rss_bytes()
     used = nvidia.used_bytes()[0] if device == "cuda" else None
     start = time.perf_counter_ns()
-    predictor: Predictor = open_predictor(Path(folder), device=device, threads=int(threads))
+    try:
+        predictor: Predictor = open_predictor(Path(folder), device=device, threads=int(threads))
+    except Exception as error:
+        if type(error).__name__ not in NOT_HERE:
+            raise
+        print(json.dumps({"unavailable": str(error)}), file=line)
+        return
     load_seconds = (time.perf_counter_ns() - start) / 1e9
     print(json.dumps({"load_seconds": load_seconds, "import_floor_bytes": floor}), file=line)
+    _obey(predictor, used, line)
 
+
+def _obey(predictor: Predictor, used: int | None, line: TextIO) -> None:
+    """Obey commands until the line closes; `used` bytes of the GPU were taken before it opened."""
     held: dict[int, Arrays] = {}
     for text in sys.stdin:
         command = json.loads(text)

@@ -106,8 +106,11 @@ def _check_one(path: Path) -> int:
     out.print(f"  target: {target.runtime} on {target.device}; baseline: {recipe.baseline}")
     with progress() as bars:
         data = check(recipe, track=Bars(bars))
-    found = ", ".join(f"{split} {count}" for split, count in data.splits.items())
-    out.print(f"  examples: {found}")
+    found = [
+        f"{split} {count:,}" + f" ({data.dropped[split]:,} dropped)" * bool(data.dropped[split])
+        for split, count in data.splits.items()
+    ]
+    out.print(f"  examples: {', '.join(found)}")
     metric = recipe.task.metric or TASKS[recipe.task.kind].metrics[0]
     decided = show_plans(recipe.budget, metric, data.splits["gate"], data.slices)
     return CODES["pass" if decided else "inconclusive"]

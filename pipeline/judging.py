@@ -158,7 +158,10 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(report, dict) or report.get("schema") not in READ:
         found = report.get("schema") if isinstance(report, dict) else type(report).__name__
         expected = " or ".join(map(str, READ))
-        raise EvidenceError(f"{path}: found the schema {found}, expected {expected}; run it again")
+        raise EvidenceError(
+            f"{path}: found the schema {found}, expected {expected}, of the report.json of a run;"
+            " if it is one, run it again"
+        )
     needed = ("recipe", "stages", "evidence", "verdict", "baseline")
     missing = [key for key in needed if not report.get(key)]
     missing += [f"evidence.{side}" for side in SIDES if side not in report.get("evidence", {})]

@@ -97,6 +97,11 @@ def prune_by_blocks(
         pruning.refuse_repair(groups, repair)
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    widest = max((len(g.kept) for g in groups if g.kind == "neurons"), default=multiple)
+    if multiple > widest:
+        raise RecipeError(
+            f"multiple: found {multiple}, expected at most {widest}, a layer's neurons"
+        )
     choices: list[Choice] = []
 
     def readers(path: str) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import speed
 from exporters import onnx
-from pipeline import checkpoint, counting, measuring, processes
+from pipeline import checkpoint, counting, measuring, processes, quantization
 from pipeline.costs import Variants
 from pipeline.measuring import Bench, Target
 from pipeline.work import Work
@@ -67,8 +68,10 @@ def multiply_adds(models: Variants, *, sequence: int) -> dict[str, float]:
         raise Uncountable(f"found a model that cannot be counted: {error}") from error
 
 
-def latency_ms(models: Variants, *, work: Work, load: int, first: str) -> dict[str, float]:
-    """Return the median latency of a load in the target's runtime.
+def latency_ms(
+    models: Variants, *, work: Work, load: int, first: str, quantized: str | None = None
+) -> dict[str, float]:
+    """Return the median latency of a load in the target's runtime, quantized by a method or not.
 
     The first model, whose artifact has the digest `first`, is timed again beside some of the others
     at a time, and theirs are put in proportion to it, so that a machine that changes its pace in
@@ -78,10 +81,11 @@ def latency_ms(models: Variants, *, work: Work, load: int, first: str) -> dict[s
     inputs = measuring.loads(target)[load : load + 1]
     with tempfile.TemporaryDirectory(prefix="secateur-") as root:
         reference, *others = models
-        folders = {reference: _kept(work, models[reference], first, Path(root, "reference"))}
+        otherwise = Path(root, "reference")
+        folders = {reference: _kept(work, models[reference], first, quantized, otherwise)}
         for at, name in enumerate(work.track(others, "exporting levels", len(others))):
             folders[name] = Path(root, str(at))
-            _write(work, models[name](), folders[name])
+            _write(work, models[name](), folders[name], quantized)
         found: dict[str, float] = {}
         starts = range(0, len(others), BESIDE)
         for start in work.track(starts, "timing levels", len(starts)):
@@ -99,30 +103,46 @@ def latency_ms(models: Variants, *, work: Work, load: int, first: str) -> dict[s
     return found
 
 
-def _kept(work: Work, model: Callable[[], PreTrainedModel], digest: str, otherwise: Path) -> Path:
+def _kept(
+    work: Work,
+    model: Callable[[], PreTrainedModel],
+    digest: str,
+    quantized: str | None,
+    otherwise: Path,
+) -> Path:
     """Return the folder of a model as written for the runtime, now or before."""
 
     def make(folder: Path) -> dict[str, Any]:
-        _write(work, model(), folder)
+        _write(work, model(), folder, quantized)
         return {}
 
     if processes.count() > 1:  # they do not meet inside of what the first one makes
         make(otherwise)
         return otherwise
-    key = {"input": digest, "runtime": [work.recipe.target.runtime, work.recipe.target.device]}
+    target = work.recipe.target
+    key = {"input": digest, "runtime": [target.runtime, target.device], "quantized": quantized}
     return work.make("reference", key, make).folder
 
 
-def _write(work: Work, model: PreTrainedModel, folder: Path) -> None:
+def _write(work: Work, model: PreTrainedModel, folder: Path, quantized: str | None) -> None:
     """Write a model as the target's runtime opens it."""
     if work.recipe.target.runtime == "torch":
         checkpoint.save_pretrained(model, folder)
         return
     (folder / onnx.MODEL).parent.mkdir(parents=True)
-    onnx.export(
+    write = partial(
+        onnx.export,
         model,
         work.samples(),
         axes=work.task.axes,
-        path=folder / onnx.MODEL,
         fuse_for=work.recipe.target.device,
     )
+    if quantized is None:
+        write(path=folder / onnx.MODEL)
+        return
+    with tempfile.TemporaryDirectory(prefix="secateur-") as beside:
+        plain = Path(beside, onnx.MODEL.name)
+        write(path=plain)
+        overflows = quantization.METHODS[quantized].integer and work.machine.saturates
+        options = quantization.Options(reduce_range=overflows)
+        quantization.quantize_all(plain, folder / onnx.MODEL, quantized, options)

@@ -252,6 +252,8 @@ def _runtime_mistakes(recipe: Recipe) -> Iterator[str]:
                 f"steps.{index}.goal: found a goal of time, which would need an engine of every"
                 " width that is tried; expected multiply_adds or parameters"
             )
+        if target.runtime == "torch" and goal and goal.quantized:
+            yield f"steps.{index}.goal.quantized: gives ONNX, expected target.runtime: onnxruntime"
     if target.runtime == "tensorrt" and target.device != "cuda":
         yield (
             f"target.device: found {target.device}, expected cuda, where engines run; with"

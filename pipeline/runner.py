@@ -152,9 +152,13 @@ def default_output(recipe: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Data:
-    """The number of examples of every split, of the gate as the model sees them, and its slices."""
+    """The number of examples of every split, of the gate as the model sees them, and its slices.
+
+    `dropped` are those that a split shared with another, or had twice, and lost by `overlap: drop`.
+    """
 
     splits: Mapping[str, int]
+    dropped: Mapping[str, int]
     slices: Mapping[str, int]
 
 
@@ -171,7 +175,7 @@ def check(recipe: Recipe, *, track: Track = silent) -> Data:
         work = Work(recipe, Path(folder), fresh=False, track=track)
         splits = {name: len(rows) for name, rows in work.rows.items()}
         slices = Counter(value for values in work.slices.values() for value in values)
-        return Data(splits | {"gate": len(work.examples("gate"))}, slices)
+        return Data(splits | {"gate": len(work.examples("gate"))}, work.dropped, slices)
 
 
 def check_target(recipe: Recipe) -> None:

@@ -99,7 +99,13 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
     if goal.multiply_adds:
         price = partial(prices.multiply_adds, sequence=load.sequence)
     elif goal.speedup or goal.latency_ms:
-        price = partial(prices.latency_ms, work=work, load=goal.load, first=before.entry.digest)
+        price = partial(
+            prices.latency_ms,
+            work=work,
+            load=goal.load,
+            first=before.entry.digest,
+            quantized=goal.quantized,
+        )
 
     def priced(models: costs.Variants) -> dict[str, float]:
         if processes.count() > 1:  # they do not meet inside of what the first one makes
@@ -153,7 +159,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
 
     costing = {
         "input": before.entry.digest,
-        "goal": goal.model_dump(mode="json", include={"units", "load"}),
+        "goal": goal.model_dump(mode="json", include={"units", "load", "quantized"}),
         "by": price.func.__name__ if isinstance(price, partial) else price.__name__,
         "target": work.described()["target"],
         "machine": work.machine.identity(),

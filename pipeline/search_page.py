@@ -14,7 +14,7 @@ from pipeline.drawing import ACCENT, BAD, GOOD, LOOK, MUTED, canvas, inline, lab
 from pipeline.markup import Node, figure, section, table_head, tag
 from pipeline.page import MARKS, definitions, document
 from pipeline.plots import front
-from pipeline.search_report import header, result, row
+from pipeline.search_report import header, loss, loss_title, result, row
 
 Json = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ def _table(found: Json) -> Iterable[ET.Element]:
     titles = header(found)
     rows = []
     for candidate in found["candidates"]:
-        cells: Sequence[Node] = row(candidate, len(found["loads"]))
+        cells: Sequence[Node] = row(found, candidate)
         chosen = candidate["number"] == found["chosen"]
         first = tag("th", tag("b", cells[0]) if chosen else cells[0], scope="row")
         named = zip(titles[1:], cells[1:], strict=True)
@@ -64,8 +64,9 @@ def _table(found: Json) -> Iterable[ET.Element]:
     yield tag("div", table, class_="scroll", tabindex="0")
     yield tag(
         "p",
-        "* on the front: no other one is better in both. What was lost is of the selection split;"
-        " the gate split has judged those alone whose outcome stands in the last column.",
+        f"* on the front: no other one is better in both. The {loss_title(found)} is of the"
+        " selection split; the gate split has judged those alone whose outcome stands in the last"
+        " column.",
         class_="hint",
     )
 
@@ -76,17 +77,16 @@ def _trade_off(found: Json, what: str) -> ET.Element | None:
     if not measured:
         return None
     label, title = TITLES[what]
-    points = [(_value(candidate, what), candidate["lost"]) for candidate in measured]
-    limit = found["budget"].get("max_drop")
-    if (ratio := found["budget"].get("max_perplexity_ratio")) is not None:
-        limit = ratio - 1
+    points = [(_value(candidate, what), loss(found, candidate["lost"])) for candidate in measured]
+    budget, title_of_loss = found["budget"], loss_title(found)
+    limit = budget.get("max_drop", budget.get("max_perplexity_ratio"))
     sign = -1 if what == "speed" else 1
-    best = front([sign * value for value, _ in points], [c["lost"] for c in measured],
+    best = front([sign * value for value, _ in points], [lost for _, lost in points],
                  higher_is_better=False)  # fmt: skip
     with style.context(["default", LOOK]):
         drawing, axes = canvas(3.2)
         axes.grid(visible=True)
-        axes.axhline(0, color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
+        axes.axhline(loss(found, 0), color=MUTED, linewidth=1, linestyle=(0, (1, 2)))
         if limit is not None:
             axes.axhline(limit, color=BAD, linewidth=1, linestyle=(0, (5, 3)))
         steps = zip(*(points[place] for place in best), strict=True)
@@ -100,11 +100,11 @@ def _trade_off(found: Json, what: str) -> ET.Element | None:
         axes.margins(0.12)
         axes.invert_yaxis()
         axes.set_xlabel(label)
-        axes.set_ylabel(f"{found['metric']} lost".replace("_", " "))
+        axes.set_ylabel(title_of_loss.replace("_", " "))
         label_points(drawing, axes, [str(c["number"]) for c in measured], points)
         named = zip(measured, points, strict=True)
-        alt = "; ".join(f"{c['number']}: {lost:.4f} lost at {x:.3g}" for c, (x, lost) in named)
-        svg = inline(drawing, f"search-{what}", f"What was lost against {label}. {alt}")
+        alt = "; ".join(f"{c['number']}: {lost:.4f} at {x:.3g}" for c, (x, lost) in named)
+        svg = inline(drawing, f"search-{what}", f"{title_of_loss} against {label}. {alt}")
     return figure(title, CAPTION, svg)
 
 

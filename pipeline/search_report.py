@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
+from benchmarks.metrics import METRICS
 from pipeline import front
 from pipeline.front import Candidate, Found
 from pipeline.report import markdown_table, shape
@@ -73,15 +74,26 @@ def _described(candidate: Candidate, best: front.Best) -> dict[str, Any]:
 def header(found: Json) -> tuple[str, ...]:
     """Return the titles of the table of candidates."""
     speedups = (f"speedup {load}" for load in found["loads"])
-    return ("", "picked", *speedups, "size", f"{found['metric']} lost", "selection", "gate")
+    return ("", "picked", *speedups, "size", loss_title(found), "selection", "gate")
 
 
-def row(candidate: Json, loads: int) -> tuple[str, ...]:
+def loss_title(found: Json) -> str:
+    """Return what `loss` gives: as reports have it, a drop of a score, a ratio of perplexities."""
+    better = METRICS[found["metric"]].higher_is_better
+    return f"{found['metric']} {'drop' if better else 'ratio'}"
+
+
+def loss(found: Json, lost: float) -> float:
+    """Return `loss_title` of what `metrics.lost` counts."""
+    return lost if METRICS[found["metric"]].higher_is_better else 1 + lost
+
+
+def row(found: Json, candidate: Json) -> tuple[str, ...]:
     """Return a candidate's line of the table."""
     picked = ", ".join(
         f"{name(place)} {words}".strip() for place, words in candidate["picked"].items()
     )
-    speedups = candidate["speedups"] or [None] * loads
+    speedups = candidate["speedups"] or [None] * len(found["loads"])
     lost = candidate["lost"] if candidate["lost"] is not None else candidate["lost_on_part"]
     part = " (a part)" * (candidate["lost"] is None and lost is not None)
     said = candidate["selection"] or f"{candidate['state']}: {candidate['why']}"
@@ -91,7 +103,7 @@ def row(candidate: Json, loads: int) -> tuple[str, ...]:
         picked,
         *("-" if each is None else "{:.2f} ({:.2f}-{:.2f})".format(*each) for each in speedups),
         "-" if candidate["size"] is None else f"{candidate['size']:.3f}",
-        "-" if lost is None else f"{lost:.4f}{part}",
+        "-" if lost is None else f"{loss(found, lost):.4f}{part}",
         said,
         candidate["gate"] or "",
     )
@@ -127,9 +139,9 @@ def _chosen(found: Json) -> str:
         other = by_number[number]
         lost = other["lost"] if other["lost"] is not None else other["lost_on_part"]
         text += (
-            f" The budget cost: candidate {number} is {_merit(found, other)}, and loses"
-            f" {lost:.4f} of {found['metric']} on the selection split, or a part of it, in place of"
-            f" {chosen['lost']:.4f}."
+            f" The budget cost: candidate {number} is {_merit(found, other)}, with a"
+            f" {loss_title(found)} of {loss(found, lost):.4f} on the selection split, or a part of"
+            f" it, in place of {loss(found, chosen['lost']):.4f}."
         )
     return text
 
@@ -143,12 +155,13 @@ def _merit(found: Json, candidate: Json) -> str:
 def markdown(found: Json) -> str:
     """Return search.md."""
     rows = [
-        [cell.replace("|", "\\|").replace("*", "\\*") for cell in row(each, len(found["loads"]))]
+        [cell.replace("|", "\\|").replace("*", "\\*") for cell in row(found, each)]
         for each in found["candidates"]
     ]
     return (
         f"## secateur search: {found['outcome'] or 'not ended'}\n\n{result(found)}\n\n"
         f"{markdown_table(header(found), rows)}\n\n"
-        "\\* on the front: no other candidate is better in both. What was lost is of the selection"
-        " split; the gate split has judged those alone whose outcome stands in the last column.\n"
+        f"\\* on the front: no other candidate is better in both. The {loss_title(found)} is of the"
+        " selection split; the gate split has judged those alone whose outcome stands in the last"
+        " column.\n"
     )

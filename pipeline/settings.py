@@ -68,6 +68,8 @@ class Goal(Strict):
     """The share that is left."""
     load: int = Field(default=0, ge=0)
     """At which of the target's loads, by its place among them."""
+    quantized: Literal["fp16", "int4-weights", "int8-dynamic", "int8-weights"] | None = None
+    """Times are those of models after this method, as where a step of it follows."""
     units: tuple[Literal["heads", "neurons", "layers"], ...] = Field(
         ("heads", "neurons"), min_length=1
     )
@@ -83,6 +85,10 @@ class Goal(Strict):
         given = [name for name in measures if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"found {given or 'none'}, expected one of {list(measures)}")
+        if self.quantized and not (self.speedup or self.latency_ms):
+            raise ValueError(
+                f"quantized: found it with {given[0]}, expected it with a goal of time"
+            )
         return self
 
 

@@ -181,15 +181,17 @@ def _gain_note(before: Stage, stage: Stage) -> str:
     note = ", ".join(gains) if gains else "no gain in latency, memory or size on this target"
     if _not_run(stage.format, stage.runtime):
         note += f"; {NOT_RUN}"
-    return note if foreseen is None else f"{note} (predicted: {foreseen:.2f}x faster)"
+    return f"{note} (predicted: {foreseen})" if foreseen else note
 
 
-def _predicted(stage: Stage) -> float | None:
+def _predicted(stage: Stage) -> str | None:
     """Return the speedup that a goal foresaw, if the step had a goal of time."""
     goal: Mapping[str, Any] = stage.details.get("goal", {})
     if "speedup" not in goal and "latency_ms" not in goal:
         return None
-    return float(stage.details["dense_cost"] / stage.details["predicted_cost"])
+    speedup = stage.details["dense_cost"] / stage.details["predicted_cost"]
+    after = f" after {goal['quantized']}" if "quantized" in goal else ""
+    return f"{speedup:.2f}x faster{after}"
 
 
 def _not_run(artifact_format: str, runtime: str) -> bool:

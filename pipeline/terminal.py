@@ -69,7 +69,7 @@ def show_candidate(found: "Found") -> None:
         out.print(f"candidate {last.candidate.number}: {text}")
     elif content["candidates"]:
         titles = search_report.header(content)
-        cells = search_report.row(content["candidates"][-1], len(content["loads"]))
+        cells = search_report.row(content, content["candidates"][-1])
         rest = ", ".join(
             f"{title} {cell}" for title, cell in zip(titles[2:], cells[2:], strict=True) if cell
         )
@@ -84,7 +84,7 @@ def show_search(found: "Found", folder: Path) -> None:
 
     content = search_report.content(found)
     out.print()
-    rows = [search_report.row(each, len(content["loads"])) for each in content["candidates"]]
+    rows = [search_report.row(content, each) for each in content["candidates"]]
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for title in search_report.header(content):
         shown.add_column(title)
@@ -166,7 +166,8 @@ def show_plans(budget: "Budget", metric: str, examples: int, slices: Mapping[str
 def _show_plan(plan: "Plan") -> None:
     documents = plan.limit.endswith("max_perplexity_ratio")
     differ = "spread" if documents else "flipped"
-    then = "if nothing is lost in truth:"
+    then = "if nothing is lost in truth"
+    then += ", by the standard deviation over documents, nats a token:" if documents else ":"
     if not plan.rows:
         then = f"equal outcomes pass with {plan.least:,} examples or more"
     out.print(

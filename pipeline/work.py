@@ -166,7 +166,7 @@ class Work:
             overlap=recipe.task.overlap,
             slice_column=recipe.budget.slices.column if recipe.budget.slices else None,
         )
-        self.rows = once(track, "reading data", read)
+        self.rows, self.dropped = once(track, "reading data", read)
         self.labels = self._label_names()
         self._examples: dict[str, list[Example]] = {}
         # Encoding the gate split first says early if a label is not known.

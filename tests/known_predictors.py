@@ -5,6 +5,8 @@ import time
 
 import numpy as np
 
+from exporters import MissingDependency
+
 INPUTS = {"input_ids": np.asarray([[1, 2, 3]])}
 
 
@@ -46,6 +48,10 @@ def killed(folder, *, device, threads):
 
 def broken(folder, *, device, threads):
     raise ValueError("no such artifact")
+
+
+def lacking(folder, *, device, threads):
+    raise MissingDependency("abacus: not installed; pip install abacus")
 
 
 def hanging(folder, *, device, threads):

@@ -15,13 +15,14 @@ ROWS = sentences(20)
 
 
 def read(source, splits=None, columns=None, overlap="error", subset=None):
-    return load(
+    rows, _ = load(
         str(source),
         subset=subset,
         splits=splits or {"gate": "train"},
         columns=columns or {"text": "text", "label": "label"},
         overlap=overlap,
     )
+    return rows
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "json", "parquet", "csv.gz"])
@@ -123,8 +124,8 @@ def test_a_slice_is_read_of_the_gate_alone_and_changes_no_id(tmp_path):
     (tmp_path / "gate.csv").write_text("\n".join(["text,label,kind", *rows]))
     options = {"subset": None, "splits": {"gate": "train"}, "overlap": "error",
                "columns": {"text": "text", "label": "label"}}  # fmt: skip
-    plain = load(str(tmp_path / "gate.csv"), **options)["gate"]
-    cut = load(str(tmp_path / "gate.csv"), **options, slice_column="kind")["gate"]
+    plain = load(str(tmp_path / "gate.csv"), **options)[0]["gate"]
+    cut = load(str(tmp_path / "gate.csv"), **options, slice_column="kind")[0]["gate"]
     assert {row["slice"] for row in cut} == {"long", "short"}
     assert [row["id"] for row in cut] == [row["id"] for row in plain]
     with pytest.raises(DataError, match="expected 'size' for the slice; name it under budget"):
@@ -136,8 +137,10 @@ def test_shared_examples_are_refused_or_dropped_from_the_less_protected(tmp_path
     splits = {"train": "train[:10]", "gate": "train[8:]"}
     with pytest.raises(DataError, match=r"task\.splits: train and gate share 2 of 10 examples"):
         read(path, splits)
-    found = read(path, splits, overlap="drop")
+    columns = {"text": "text", "label": "label"}
+    found, dropped = load(str(path), subset=None, splits=splits, columns=columns, overlap="drop")
     assert (len(found["train"]), len(found["gate"])) == (8, 12)
+    assert dropped == {"train": 2, "gate": 0}
     assert not {row["id"] for row in found["train"]} & {row["id"] for row in found["gate"]}
 
 

@@ -2,17 +2,31 @@
 
 import json
 
+import onnx
 import pytest
 import torch
 import yaml
 from conftest import write_model, write_recipe
 from tiny_models import inputs, tiny
 
-from pipeline import costs, counting, from_pretrained, goals, levels, prices, structure, units
+from benchmarks.accuracy import silent
+from exporters.onnx import MODEL
+from pipeline import (
+    costs,
+    counting,
+    from_pretrained,
+    goals,
+    levels,
+    measuring,
+    prices,
+    structure,
+    units,
+)
 from pipeline.checkpoint import ModelError
 from pipeline.distillation import divergence
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runner import run
+from pipeline.work import Work
 
 
 def reach(
@@ -216,6 +230,24 @@ def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime, monkeypat
     assert stage["gain_note"].endswith(f" (predicted: {ratio:.2f}x faster)")
 
 
+def test_times_are_those_of_quantized_models_if_asked(tmp_path, monkeypatch):
+    path = recipe(tmp_path, speedup=1.3, quantized="int8-dynamic")
+    work = Work(Recipe.from_yaml(path), tmp_path / "out", fresh=False, track=silent)
+    models = dict.fromkeys(("dense", "other"), lambda: from_pretrained(tmp_path / "model"))
+    opened = []
+    open_worker = measuring.open_worker
+
+    def opening(target, folder):
+        opened.append({node.op_type for node in onnx.load(folder / MODEL).graph.node})
+        return open_worker(target, folder)
+
+    monkeypatch.setattr(measuring, "open_worker", opening)
+    found = prices.latency_ms(models, work=work, load=0, first="0", quantized="int8-dynamic")
+    assert all(value > 0 for value in found.values())
+    assert len(opened) == len(models)
+    assert all("MatMulInteger" in operators for operators in opened)
+
+
 def test_layers_of_a_recipe_go_beside_heads_and_neurons(tmp_path):
     path = recipe(tmp_path, multiply_adds=0.6, units=["heads", "neurons", "layers"])
     stage = last(path, tmp_path / "out")
@@ -243,6 +275,8 @@ def test_a_recipe_with_a_goal_out_of_reach_is_refused(tmp_path):
         ({"speedup": 2, "parameters": 0.5}, "found .'speedup', 'parameters'., expected one of"),
         ({}, "found none, expected one of"),
         ({"speedup": 2, "units": ["layers"]}, "units: found layers alone, expected heads or"),
+        ({"parameters": 0.5, "quantized": "fp16"}, "quantized: found it with parameters, expected"),
+        ({"speedup": 2, "quantized": "int8-static"}, "goal.quantized: .* found 'int8-static'"),
         ({"speedup": 2, "load": 3}, "goal.load: found 3, expected less than 1"),
     ],
 )

@@ -100,7 +100,7 @@ def test_again_nothing_is_made_anew(searched):
 def test_the_page_and_the_table_name_every_candidate(searched):
     _, output, _ = searched
     page, table = (output / "search.html").read_text(), (output / "search.md").read_text()
-    for text in ("neurons 0.3", "neurons 0.9", "accuracy lost"):
+    for text in ("neurons 0.3", "neurons 0.9", "accuracy drop"):
         assert text in page
         assert text in table
     assert "<script" not in page

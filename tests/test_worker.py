@@ -14,6 +14,7 @@ from known_predictors import INPUTS
 from benchmarks import worker as workers
 from benchmarks.accuracy import evaluate
 from benchmarks.examples import Example, Window
+from benchmarks.machine import Unavailable
 from benchmarks.outcomes import Outcomes, fidelity
 from benchmarks.speed import compare, effective_samples, percentiles, ratio
 from benchmarks.tasks import TASKS
@@ -67,6 +68,11 @@ def test_a_call_that_ends_the_process_is_an_error(opened, name, message):
 def test_an_artifact_that_does_not_open_is_an_error(opened):
     with pytest.raises(WorkerError, match="status 1: ValueError: no such artifact"):
         opened("broken")
+
+
+def test_what_this_machine_lacks_is_said_in_the_words_of_the_opener(opened):
+    with pytest.raises(Unavailable, match=r"^abacus: not installed; pip install abacus$"):
+        opened("lacking")
 
 
 def test_a_hung_call_is_an_error_and_leaves_no_process(opened, monkeypatch):
