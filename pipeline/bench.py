@@ -13,11 +13,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks import limits, loadgen, machine, nvidia, speed
+from benchmarks import limits, loadgen, machine, speed
 from benchmarks.accuracy import Track, silent
 from benchmarks.machine import Unavailable
 from exporters.onnx import counting
-from pipeline import candidates, on_device, openers
+from pipeline import candidates, measuring, on_device, openers
 from pipeline.candidates import Candidate
 from pipeline.turns import SCENARIOS, Bench, Results, Settings, sensors
 
@@ -77,16 +77,11 @@ def compare(
         "settings": asdict(settings) | {"text": settings.text and str(settings.text)},
         "machine": asdict(machine.describe()) | {"stalled": stalled},
         "no_watts": sensors(settings)[1],
-        "no_device_bytes": _no_device_bytes(settings.device),
+        "no_device_bytes": measuring.no_device_bytes(settings.device),
         "artifacts": [
             _about(this, name) | alone[name] | {"results": results[name]} for name in found
         ],
     }
-
-
-def _no_device_bytes(device: str) -> str:
-    """Return why the memory of the device is not known, nothing if it is."""
-    return nvidia.used_bytes()[1] if device == "cuda" else "the CPU's is that of the process"
 
 
 def _named(found: Sequence[Candidate]) -> dict[str, Candidate]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import energy, machine, speed
+from benchmarks import energy, machine, nvidia, speed
 from benchmarks.accuracy import Track, evaluate
 from benchmarks.examples import Arrays, Example
 from benchmarks.outcomes import Outcomes
@@ -53,6 +53,21 @@ class Bench:
     evidence: str
     code: str
     track: Track
+
+
+def no_device_bytes(device: str) -> str:
+    """Return why the memory of the device is not known, nothing if it is."""
+    return nvidia.used_bytes()[1] if device == "cuda" else "the CPU's is that of the process"
+
+
+def not_measured(device: str) -> dict[str, str]:
+    """Return why figures are None on a device, by their names in a report."""
+    reasons = {
+        "device_peak_bytes": no_device_bytes(device),
+        "resident_ms": "nothing is copied on the CPU" if device == "cpu" else "",
+        "joules": energy.counters(device)[1],
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,8 @@ def setting(report: Json) -> Iterable[ET.Element]:
     """Yield machine, data and recipe."""
     text = yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True)
     parts = {"Machine": report["machine"], "Data": report["data"]}
+    if report.get("not_measured"):
+        parts["Not measured"] = report["not_measured"]
     lists = (tag("div", tag("h3", title), definitions(part)) for title, part in parts.items())
     yield tag("div", *lists, class_="plots")
     yield tag("details", tag("summary", "Recipe"), tag("pre", text, tabindex="0"))
@@ -174,7 +176,8 @@ def _plain(key: str, value: Any) -> Iterable[Node]:
     elif isinstance(value, list):
         yield ", ".join(map(str, value))
     else:
-        yield f"{value / 1e9:.1f} GB" if key.endswith("_bytes") else str(value)
+        size = key.endswith("_bytes") and not isinstance(value, str)
+        yield f"{value / 1e9:.1f} GB" if size else str(value)
 
 
 def _plots(plots: Iterable[Plot]) -> Iterable[ET.Element]:

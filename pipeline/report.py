@@ -115,6 +115,7 @@ class Report:
     the outcomes of the gate's examples that lie beside report.json, of `baseline` and `candidate`,
     and of the `slices` that they fall into, if there are any. `ledger` holds the fingerprint of
     these examples, and the digests of all candidates that they have judged, this one too.
+    `not_measured` says why figures of stages and loads are None, by their names.
     """
 
     recipe: Mapping[str, Any]
@@ -126,6 +127,7 @@ class Report:
     artifact: str
     evidence: Mapping[str, str] = field(default_factory=dict)
     ledger: Mapping[str, Any] = field(default_factory=dict)
+    not_measured: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -25,6 +25,7 @@ from pipeline import (
     gptq,
     judging,
     ledger,
+    measuring,
     openers,
     processes,
     steps,
@@ -112,6 +113,7 @@ def run(
         stages=measured.stages,
         verdict=verdict,
         artifact=str(output / "artifact" if passed else last.entry.folder),
+        not_measured=measuring.not_measured(recipe.target.device),
     )
     if not processes.leads():
         return report
