@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -83,6 +83,7 @@ def finetune(
     batch_size: int,
     warmup: float = 0.1,
     weight_decay: float = 0.01,
+    precision: Literal["fp32", "bf16"] = "fp32",
     freeze_embeddings: bool = False,
     teacher: Teacher | None = None,
     learner: Learner | None = None,
@@ -106,6 +107,7 @@ def finetune(
         batch_size: windows a step, of all processes together.
         warmup: the share of all steps in which the learning rate rises.
         weight_decay: AdamW's, of matrices.
+        precision: of products, the teacher's too; weights and the optimizer stay as they are.
         freeze_embeddings: leave the embedding tables as they are.
         teacher: what to imitate beside the task's own loss; where weights are shared out, its are
             too, and stay so.
@@ -155,7 +157,10 @@ def finetune(
             trained.train()
             # All of them take every step, without a part in it as well.
             inputs = _batch(mine or batch[:1], padding, accelerator.device)
-            found = loss(parallel, inputs, teacher, weights)
+            with torch.autocast(
+                accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"
+            ):
+                found = loss(parallel, inputs, teacher, weights)
             _step(found, model, state, learner, accelerator)
             if evaluate is not None and state.step in looks:
                 _look(model, evaluate, state, accelerator)

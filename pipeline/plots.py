@@ -112,7 +112,7 @@ def draw_amounts(stages: Sequence[Json]) -> Iterable[Plot]:
     }
     for index, (title, counts) in enumerate(amounts.items()):
         if any(count is not None for count in counts):
-            texts = ["not measured" if count is None else f"{count / 1e6:.0f}" for count in counts]
+            texts = ["not measured" if count is None else _megabytes(count) for count in counts]
             colours = [ACCENT] * len(stages)
             svg = bars(f"amount{index}", _names(stages), counts, texts=texts, colours=colours)
             yield title, "In MB.", svg
@@ -212,6 +212,11 @@ def strips(name: str, labels: Sequence[str], quantiles: Sequence[Sequence[float]
             for label, values in zip(labels, quantiles, strict=True)
         ]
         return inline(figure, name, "; ".join(rows))
+
+
+def _megabytes(count: int) -> str:
+    size = count / 1e6
+    return f"{size:.0f}" if size >= 100 else f"{size:.3g}"  # noqa: PLR2004 - three digits
 
 
 def bars(

@@ -41,6 +41,8 @@ class Training(Strict):
     warmup: Fraction = 0.1
     """The share of the training in which the learning rate rises."""
     weight_decay: float = Field(default=0.01, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What products are computed in; weights and what the optimizer knows of them stay as is."""
     freeze_embeddings: bool = False
     """Leave the embedding tables as they are: less memory and time."""
     teacher: str | None = None

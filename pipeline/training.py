@@ -51,6 +51,7 @@ def train(
         batch_size=settings.batch_size,
         warmup=settings.warmup,
         weight_decay=settings.weight_decay,
+        precision=settings.precision,
         freeze_embeddings=settings.freeze_embeddings,
         teacher=imitated,
         learner=learner,

@@ -55,6 +55,24 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
+def test_in_bf16_products_alone_are_rounded(setting, tmp_path):
+    model = setting[0]
+    teacher = Teacher(write_model(tmp_path / "teacher"), 1.0, task_weight=0.5, hidden_weight=0.1)
+    kinds = {"student": set(), "teacher": set()}
+    for name, each in (("student", model), ("teacher", teacher.model)):
+        each.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
+            lambda _, __, output, name=name: kinds[name].add(output.dtype)
+        )
+    first = train(setting, precision="bf16", teacher=teacher)
+    assert kinds == {"student": {torch.bfloat16}, "teacher": {torch.bfloat16}}
+    for _ in range(3):
+        last = train(setting, precision="bf16", teacher=teacher)
+    assert last.loss < 0.85 * first.loss
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    train(setting)
+    assert torch.float32 in kinds["student"]
+
+
 def test_frozen_embeddings_stay(setting):
     table = setting[0].get_input_embeddings().weight
     before = table.detach().clone()
