@@ -6,15 +6,17 @@ The naive writer shows that the test has teeth: what is harmless to the store co
 import os
 import random
 import resource
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import forked_runs
 import pytest
 import writers
 from conftest import secateur, write_recipe
@@ -276,40 +278,67 @@ def results(folder):
     return found | {"artifact": (folder / "artifact" / "onnx" / "model.onnx").read_bytes()}
 
 
+class Runs:
+    """Begins `secateur run` again and again; see forked_runs.py."""
+
+    def __init__(self, recipe):
+        self._log = recipe.with_name("log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, forked_runs.__file__, recipe],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.stdin.close()
+        self._process.wait()
+        self._log.close()
+
+    def run(self, folder, seconds=None):
+        """Return whether it ended before it was killed; it was within its budget then."""
+        print(folder, file=self._process.stdin, flush=True)
+        child = int(self._process.stdout.readline())
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        status = int(self._process.stdout.readline())
+        self._log.seek(0)
+        assert status in {0, -signal.SIGKILL}, self._log.read()
+        return status == 0
+
+
 @pytest.mark.slow
 def test_kills_of_a_whole_run_and_then_flipped_bits(tmp_path):
-    """Ten kills of `secateur run`; then a hundred bits of its stages, and of its artifact."""
-    recipe, generator, kills = write_recipe(tmp_path), random.Random(0), 0
-    command = [sys.executable, "-m", "pipeline", "run", recipe, "--output"]
-    log = tmp_path / "log"
-    log.touch()
-    said = os.open(log, os.O_WRONLY | os.O_APPEND)
-    options = {"stdout": subprocess.DEVNULL, "stderr": said}
-    begun = time.monotonic()
-    subprocess.run([*command, tmp_path / "undisturbed"], check=True, **options)
-    lasts, expected = time.monotonic() - begun, results(tmp_path / "undisturbed")
-    folder, made, ended = tmp_path / "0", {}, 0
-    while kills < 10:
-        process = subprocess.Popen([*command, folder], **options)
-        try:
-            process.wait(generator.uniform(0.1, 0.9) * lasts)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        assert process.returncode in {0, -signal.SIGKILL}, log.read_text()
-        kills += process.returncode == -signal.SIGKILL
-        now = entries(folder) if folder.exists() else {}
-        assert made.items() <= now.items()  # nothing that was finished is made again
-        assert not (folder / "artifact").exists() or verify(folder / "artifact")
-        made = now
-        if process.returncode == 0:
-            assert results(folder) == expected
-            ended += 1
-            folder, made = tmp_path / str(ended), {}
-    subprocess.run([*command, folder], check=True, **options)
-    os.close(said)
+    """Five hundred across a small run; then a hundred bits of its stages, and of its artifact."""
+    generator, seen = random.Random(0), Counter()
+    folder, made = tmp_path / "0", {}
+    with Runs(write_recipe(tmp_path)) as runs:
+        runs.run(tmp_path / "warm-up")
+        begun = time.monotonic()
+        runs.run(tmp_path / "undisturbed")
+        lasts, expected = time.monotonic() - begun, results(tmp_path / "undisturbed")
+        while seen["kills"] < 500:
+            # Most come early, and some late: a stage that takes half of the time ends, too.
+            ended = runs.run(folder, lasts * 500 ** -generator.random())
+            seen["ended" if ended else "kills"] += 1
+            now = entries(folder) if folder.exists() else {}
+            assert made.items() <= now.items()  # nothing that was finished is made again
+            assert not (folder / "artifact").exists() or verify(folder / "artifact")
+            seen["met", len(now)] += not ended
+            made = now
+            if ended:
+                assert results(folder) == expected
+                folder, made = tmp_path / str(seen["ended"]), {}
+        assert runs.run(folder)
     assert results(folder) == expected
-    print({"kills": kills, "runs that ended": ended + 1, "seconds undisturbed": lasts})
+    print(dict(seen), {"seconds undisturbed": lasts})
+    assert len([key for key in seen if key[0] == "met"]) > 5  # stages finished before a kill
     for place in ("stages", "artifact"):
         root = folder / place
         files = [path for path in sorted(root.rglob("*")) if path.is_file()]
