@@ -22,7 +22,7 @@ from benchmarks import docstrings, links
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
 Dropped = dict[str, int]
-"""How many examples were taken out of each split."""
+"""How many examples each split lost: those that another one has, too, or that it had twice."""
 
 # The file formats that `datasets` reads; `.gz` behind any of them is read as it is.
 BUILDERS: Final = {
@@ -61,7 +61,7 @@ def load(
     overlap: Literal["error", "drop"],
     slice_column: str | None = None,
 ) -> tuple[Splits, Dropped]:
-    """Return the rows of every split, with one key a role of `columns` and `id`, and what was left.
+    """Return the rows of every split, with one key a role of `columns` and `id`, and `Dropped`.
 
     The gate's rows have the value of `slice_column`, too, if there is one.
 
@@ -80,7 +80,7 @@ def load(
             raise DataError(
                 f"{source}: split {splits[name]!r} ({name}): found 0 examples, expected at least 1"
             )
-    asked = {name: len(found) for name, found in rows.items()}
+    before = {name: len(found) for name, found in rows.items()}
     _separate(rows, overlap)
     for name, found in rows.items():
         if not found:
@@ -88,7 +88,7 @@ def load(
                 f"{source}: split {splits[name]!r} ({name}): found 0 examples that no other split"
                 " has, expected at least 1"
             )
-    return rows, {name: asked[name] - len(found) for name, found in rows.items()}
+    return rows, {name: before[name] - len(found) for name, found in rows.items()}
 
 
 def _read(source: str, subset: str | None) -> Mapping[str, datasets.Dataset]:

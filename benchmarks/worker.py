@@ -184,7 +184,7 @@ class Worker:
             raise self._failure()
         reply: dict[str, Any] = json.loads(line)
         if "unavailable" in reply:
-            raise Unavailable(reply["unavailable"])
+            raise Unavailable(f"{self._name}: {reply['unavailable']}")
         return reply
 
     def _failure(self) -> WorkerError:

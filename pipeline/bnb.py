@@ -10,7 +10,9 @@ across their ends (NF4 of Dettmers et al. 2023, https://arxiv.org/abs/2305.14314
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -65,10 +67,11 @@ def library() -> ModuleType:
     Raises:
         MissingDependency: it is not installed.
     """
-    # On CPUs with AVX512-BF16 it looks for a faster kernel on the hub, and says if there is none.
+    # On CPUs with AVX512-BF16 it would fetch a faster kernel from the hub, a binary, if it could.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        found = import_module("bitsandbytes")
+        with _hidden("kernels"):
+            found = import_module("bitsandbytes")
     except ImportError:
         raise MissingDependency(
             "bitsandbytes: not installed; it comes with both extras: pip install -e '.[cpu]' or"
@@ -77,6 +80,20 @@ def library() -> ModuleType:
     # At every call of every int8 layer it says that it rounds activations to fp16 first.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return found
+
+
+@contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Let a module count as not installed until the block ends."""
+    before = sys.modules.get(name)
+    modules: dict[str, Any] = sys.modules
+    modules[name] = None  # import takes it for a module that is not there
+    try:
+        yield
+    finally:
+        del modules[name]
+        if before is not None:
+            modules[name] = before
 
 
 def asked_for(config: Any) -> bool:
@@ -122,16 +139,17 @@ def count(model: PreTrainedModel, method: str) -> int:
 
 
 def settle(model: nn.Module) -> None:
-    """Let layers whose shape the library's kernels for AVX512 do not take compute all the same.
+    """Let layers compute right whose shape the library's kernels for AVX512 do not take, in place.
 
     Such shapes are common in layers that were cut. On CPUs with AVX512-BF16 the library (0.50)
     packs NF4 matrices in panels, and fails where these do not come out even. On CPUs with AVX512
-    it takes each row to start a block, and computes with the scales of others where none does.
+    it takes each row to start a block, and computes with the scales of others where none does;
+    such layers are multiplied in the same way on all CPUs.
     """
     for layer in layers(model).values():
         state = getattr(layer.weight, "quant_state", None)
         if state is not None and state.shape[1] % state.blocksize:
-            setattr(layer, "forward", partial(_forward, layer))  # noqa: B010 - of this one alone
+            setattr(layer, "forward", partial(_forward, layer, layer.forward))  # noqa: B010
         elif state is not None and state.shape[0] % PANEL:
             setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not on Module
 
@@ -147,7 +165,7 @@ def check_unpacked(model: nn.Module) -> None:
     """
     for name, layer in layers(model).items():
         state = getattr(layer.weight, "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+        if state is not None and state.absmax.dtype == torch.bfloat16:
             raise QuantizationError(
                 f"{name}: found scales that bitsandbytes has rounded to bf16 at the first call on"
                 " this CPU, expected those in fp32; open the folder again, and save or export the"
@@ -155,11 +173,15 @@ def check_unpacked(model: nn.Module) -> None:
             )
 
 
-def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Return what a layer of the library gives for `x` (..., I): (..., O), in the dtype of `x`."""
+def _forward(
+    layer: Any, elsewhere: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """Return what a layer of the library gives for `x` (..., I): (..., O), in the dtype of `x`.
+
+    `elsewhere` is its own way, which devices other than the CPU take.
+    """
     if x.device.type != "cpu":
-        given: torch.Tensor = type(layer).forward(layer, x)
-        return given
+        return elsewhere(x)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
     return nn.functional.linear(x, _matrix(layer).to(x.dtype), bias)
 
@@ -167,13 +189,17 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def _matrix(layer: Any) -> torch.Tensor:
     """Return what the codes of an NF4 layer stand for, `(O, I)` in fp32 on the CPU.
 
-    As one row, since blocks go on from row to row, which the library's kernel for AVX512 misses.
+    By rows of one block each, or all in one, since blocks go on from row to row, which the
+    library's kernel for AVX512 misses.
     """
     state = copy(layer.weight.quant_state)
-    state.shape = torch.Size([layer.weight.quant_state.shape.numel()])
-    flat = library().functional.dequantize_4bit(layer.weight.data.cpu(), state)
-    matrix: torch.Tensor = flat.float().reshape(layer.weight.quant_state.shape)
-    return matrix
+    shape, size = state.shape, state.shape.numel()
+    even = size % state.blocksize == 0
+    state.shape = torch.Size([size // state.blocksize, state.blocksize] if even else [size])
+    state.absmax = state.absmax.cpu()
+    matrix = library().functional.dequantize_4bit(layer.weight.data.cpu(), state)
+    whole: torch.Tensor = matrix.float().reshape(shape)
+    return whole
 
 
 def plain(model: PreTrainedModel) -> dict[str, Codes]:

@@ -106,14 +106,16 @@ def _check_one(path: Path) -> int:
     out.print(f"  target: {target.runtime} on {target.device}; baseline: {recipe.baseline}")
     with progress() as bars:
         data = check(recipe, track=Bars(bars))
-    found = [
-        f"{split} {count:,}" + f" ({data.dropped[split]:,} dropped)" * bool(data.dropped[split])
-        for split, count in data.splits.items()
-    ]
-    out.print(f"  examples: {', '.join(found)}")
+    out.print(f"  examples: {_counted(data.splits)}")
+    if dropped := _counted(data.dropped):
+        out.print(f"  dropped, being there twice or in another split, too: {dropped}")
     metric = recipe.task.metric or TASKS[recipe.task.kind].metrics[0]
     decided = show_plans(recipe.budget, metric, data.splits["gate"], data.slices)
     return CODES["pass" if decided else "inconclusive"]
+
+
+def _counted(splits: Mapping[str, int]) -> str:
+    return ", ".join(f"{split} {count:,}" for split, count in splits.items() if count)
 
 
 def _search(options: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ C classes.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,16 +51,23 @@ def loss(
     inputs: dict[str, Tensor],
     teacher: Teacher | None,
     weights: Weights = Weights(),
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Tensor:
-    """Return the loss of the module's formula `()`; without a teacher the task's own."""
+    """Return the loss of the module's formula `()`; without a teacher the task's own.
+
+    In bf16 the models compute, not the loss.
+    """
     states = teacher is not None and teacher.hidden_weight > 0
-    outputs = model(**inputs, output_hidden_states=states)
+    device = next(iter(inputs.values())).device.type
+    cast = partial(torch.autocast, device, torch.bfloat16, enabled=precision == "bf16")
+    with cast():
+        outputs = model(**inputs, output_hidden_states=states)
     own: Tensor = weights.own * outputs.loss
     if not weights.own and not torch.isfinite(outputs.loss):
         own = 0 * outputs.logits.sum()  # a mean over no label: others have those of this batch
     if teacher is None:
         return own
-    with torch.no_grad():
+    with torch.no_grad(), cast():
         target = teacher.model(**inputs, output_hidden_states=states)
     other = weights.logits * imitation(outputs, target, inputs, temperature=teacher.temperature)
     total = teacher.task_weight * own + (1 - teacher.task_weight) * other
@@ -134,6 +142,7 @@ def distillation(
     `student` and `teacher` are logits `(..., C)`; `mask` `(...)` says which positions count. One
     output is a number, and of it this is the squared difference.
     """
+    student, teacher = _wide(student), _wide(teacher)
     if student.shape[-1] == 1:
         return _mean((student - teacher).square().squeeze(-1), mask)
     divergence = functional.kl_div(
@@ -153,12 +162,17 @@ def hidden_distance(
     With fewer layers in the student, each is compared with the teacher's at the same relative
     depth.
     """
-    total = student[0].new_zeros(())
-    for at, state in enumerate(student):
-        matching = teacher[round(at * (len(teacher) - 1) / max(len(student) - 1, 1))]
+    total = _wide(student[0]).new_zeros(())
+    for at, state in enumerate(map(_wide, student)):
+        matching = _wide(teacher[round(at * (len(teacher) - 1) / max(len(student) - 1, 1))])
         error = (state - matching).square().sum(-1) / matching.square().sum(-1).clamp_min(1e-12)
         total = total + _mean(error, mask)
     return total / len(student)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """Return what 16 bits hold in 32, what is wider as it is."""
+    return values.float() if values.dtype.itemsize == 2 else values  # noqa: PLR2004 - bytes
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -107,7 +107,8 @@ def finetune(
         batch_size: windows a step, of all processes together.
         warmup: the share of all steps in which the learning rate rises.
         weight_decay: AdamW's, of matrices.
-        precision: of products, the teacher's too; weights and the optimizer stay as they are.
+        precision: of matrix products and of what follows them up to the next norm or sum, in both
+            models; losses, weights and the optimizer stay as they are.
         freeze_embeddings: leave the embedding tables as they are.
         teacher: what to imitate beside the task's own loss; where weights are shared out, its are
             too, and stay so.
@@ -157,10 +158,7 @@ def finetune(
             trained.train()
             # All of them take every step, without a part in it as well.
             inputs = _batch(mine or batch[:1], padding, accelerator.device)
-            with torch.autocast(
-                accelerator.device.type, torch.bfloat16, enabled=precision == "bf16"
-            ):
-                found = loss(parallel, inputs, teacher, weights)
+            found = loss(parallel, inputs, teacher, weights, precision)
             _step(found, model, state, learner, accelerator)
             if evaluate is not None and state.step in looks:
                 _look(model, evaluate, state, accelerator)

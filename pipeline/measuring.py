@@ -57,17 +57,17 @@ class Bench:
 
 def no_device_bytes(device: str) -> str:
     """Return why the memory of the device is not known, nothing if it is."""
-    return nvidia.used_bytes()[1] if device == "cuda" else "the CPU's is that of the process"
+    return nvidia.used_bytes()[1] if device == "cuda" else "a CPU has none beside the process's"
 
 
-def not_measured(device: str) -> dict[str, str]:
-    """Return why figures are None on a device, by their names in a report."""
-    reasons = {
+def reasons(device: str) -> dict[str, str]:
+    """Return why figures may be None on a device, by their names in a report."""
+    cpu = device == "cpu"
+    return {
         "device_peak_bytes": no_device_bytes(device),
-        "resident_ms": "nothing is copied on the CPU" if device == "cpu" else "",
+        "resident_ms": "nothing is copied on the CPU" if cpu else "not of a model in two graphs",
         "joules": energy.counters(device)[1],
     }
-    return {name: reason for name, reason in reasons.items() if reason}
 
 
 @dataclass(frozen=True)

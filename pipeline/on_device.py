@@ -33,6 +33,7 @@ def times_ms(
         threads: of the process that is opened.
 
     Raises:
+        Unavailable: this machine lacks what opens it.
         WorkerError: it does not open, or ends, or hangs.
     """
     if device == "cpu":

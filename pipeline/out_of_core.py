@@ -100,7 +100,7 @@ def prune_by_blocks(
     widest = max((len(g.kept) for g in groups if g.kind == "neurons"), default=multiple)
     if multiple > widest:
         raise RecipeError(
-            f"multiple: found {multiple}, expected at most {widest}, a layer's neurons"
+            f"multiple: found {multiple}, expected at most {widest}, the neurons of a layer"
         )
     choices: list[Choice] = []
 

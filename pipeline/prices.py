@@ -15,6 +15,7 @@ from exporters import onnx
 from pipeline import checkpoint, counting, measuring, processes, quantization
 from pipeline.costs import Variants
 from pipeline.measuring import Bench, Target
+from pipeline.settings import Quantize
 from pipeline.work import Work
 
 
@@ -69,9 +70,9 @@ def multiply_adds(models: Variants, *, sequence: int) -> dict[str, float]:
 
 
 def latency_ms(
-    models: Variants, *, work: Work, load: int, first: str, quantized: str | None = None
+    models: Variants, *, work: Work, load: int, first: str, quantize: Quantize | None = None
 ) -> dict[str, float]:
-    """Return the median latency of a load in the target's runtime, quantized by a method or not.
+    """Return the median latency of a load in the target's runtime, of models quantized by a step.
 
     The first model, whose artifact has the digest `first`, is timed again beside some of the others
     at a time, and theirs are put in proportion to it, so that a machine that changes its pace in
@@ -82,10 +83,10 @@ def latency_ms(
     with tempfile.TemporaryDirectory(prefix="secateur-") as root:
         reference, *others = models
         otherwise = Path(root, "reference")
-        folders = {reference: _kept(work, models[reference], first, quantized, otherwise)}
+        folders = {reference: _kept(work, models[reference], first, quantize, otherwise)}
         for at, name in enumerate(work.track(others, "exporting levels", len(others))):
             folders[name] = Path(root, str(at))
-            _write(work, models[name](), folders[name], quantized)
+            _write(work, models[name](), folders[name], quantize)
         found: dict[str, float] = {}
         starts = range(0, len(others), BESIDE)
         for start in work.track(starts, "timing levels", len(starts)):
@@ -107,24 +108,27 @@ def _kept(
     work: Work,
     model: Callable[[], PreTrainedModel],
     digest: str,
-    quantized: str | None,
+    quantize: Quantize | None,
     otherwise: Path,
 ) -> Path:
     """Return the folder of a model as written for the runtime, now or before."""
 
     def make(folder: Path) -> dict[str, Any]:
-        _write(work, model(), folder, quantized)
+        _write(work, model(), folder, quantize)
         return {}
 
     if processes.count() > 1:  # they do not meet inside of what the first one makes
         make(otherwise)
         return otherwise
     target = work.recipe.target
-    key = {"input": digest, "runtime": [target.runtime, target.device], "quantized": quantized}
+    key: dict[str, Any] = {"input": digest, "runtime": [target.runtime, target.device]}
+    if quantize is not None:
+        key |= {"quantize": quantize.model_dump(mode="json")}
+        key |= {"reduce_range": quantize.reduces_range(work.machine)}
     return work.make("reference", key, make).folder
 
 
-def _write(work: Work, model: PreTrainedModel, folder: Path, quantized: str | None) -> None:
+def _write(work: Work, model: PreTrainedModel, folder: Path, quantize: Quantize | None) -> None:
     """Write a model as the target's runtime opens it."""
     if work.recipe.target.runtime == "torch":
         checkpoint.save_pretrained(model, folder)
@@ -135,14 +139,15 @@ def _write(work: Work, model: PreTrainedModel, folder: Path, quantized: str | No
         model,
         work.samples(),
         axes=work.task.axes,
-        fuse_for=work.recipe.target.device,
+        fuse_for=None if quantize and quantize.standard else work.recipe.target.device,
     )
-    if quantized is None:
+    if quantize is None:
         write(path=folder / onnx.MODEL)
         return
     with tempfile.TemporaryDirectory(prefix="secateur-") as beside:
         plain = Path(beside, onnx.MODEL.name)
         write(path=plain)
-        overflows = quantization.METHODS[quantized].integer and work.machine.saturates
-        options = quantization.Options(reduce_range=overflows)
-        quantization.quantize_all(plain, folder / onnx.MODEL, quantized, options)
+        options = quantization.Options(
+            **quantize.options, reduce_range=quantize.reduces_range(work.machine)
+        )
+        quantization.quantize_all(plain, folder / onnx.MODEL, quantize.method, options)

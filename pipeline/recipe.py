@@ -252,8 +252,8 @@ def _runtime_mistakes(recipe: Recipe) -> Iterator[str]:
                 f"steps.{index}.goal: found a goal of time, which would need an engine of every"
                 " width that is tried; expected multiply_adds or parameters"
             )
-        if target.runtime == "torch" and goal and goal.quantized:
-            yield f"steps.{index}.goal.quantized: gives ONNX, expected target.runtime: onnxruntime"
+        if goal and goal.quantized:
+            yield from _unpriceable(recipe, f"steps.{index}.goal.quantized")
     if target.runtime == "tensorrt" and target.device != "cuda":
         yield (
             f"target.device: found {target.device}, expected cuda, where engines run; with"
@@ -263,6 +263,19 @@ def _runtime_mistakes(recipe: Recipe) -> Iterator[str]:
         isinstance(last, Export) and last.format == "tensorrt"
     ):
         yield "target.runtime: found tensorrt, expected `export` with format: tensorrt as last step"
+
+
+def _unpriceable(recipe: Recipe, where: str) -> Iterator[str]:
+    """Yield why models cannot be timed as they will be quantized."""
+    step = next((step for step in recipe.steps if isinstance(step, Quantize)), None)
+    if step is None:
+        yield f"{where}: found no quantize step, expected one; leave the key out, or add the step"
+    elif step.in_torch or step.calibrated:
+        why = "a torch artifact" if step.in_torch else "calibration"
+        yield (
+            f"{where}: found {step.method}, which takes {why}, expected int8-dynamic, or another"
+            " method of graphs that takes no data; leave the key out"
+        )
 
 
 def _last_mistakes(recipe: Recipe, step: Quantize, where: str) -> Iterator[str]:

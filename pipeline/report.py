@@ -115,7 +115,7 @@ class Report:
     the outcomes of the gate's examples that lie beside report.json, of `baseline` and `candidate`,
     and of the `slices` that they fall into, if there are any. `ledger` holds the fingerprint of
     these examples, and the digests of all candidates that they have judged, this one too.
-    `not_measured` says why figures of stages and loads are None, by their names.
+    `not_measured` says why device_peak_bytes, resident_ms or joules are None.
     """
 
     recipe: Mapping[str, Any]

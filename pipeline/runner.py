@@ -8,10 +8,12 @@ on where it was.
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from benchmarks import energy
 from benchmarks.accuracy import Track, silent
@@ -34,8 +36,8 @@ from pipeline.compression import compress
 from pipeline.evidence import Evidence
 from pipeline.page import page
 from pipeline.recipe import Recipe
-from pipeline.report import Report, markdown
-from pipeline.settings import Export, Quantize
+from pipeline.report import Report, Stage, markdown
+from pipeline.settings import Export, Quantize, trained
 from pipeline.stages import measure
 from pipeline.store import publish, withdraw
 from pipeline.work import Work
@@ -106,6 +108,7 @@ def run(
         data={
             "source": recipe.task.data,
             "examples": {name: len(rows) for name, rows in work.rows.items()},
+            "dropped": work.dropped,
             "fingerprints": {name: work.evidence(name) for name in work.rows},
             "labels": work.labels,
         },
@@ -113,7 +116,7 @@ def run(
         stages=measured.stages,
         verdict=verdict,
         artifact=str(output / "artifact" if passed else last.entry.folder),
-        not_measured=measuring.not_measured(recipe.target.device),
+        not_measured=_not_measured(measured.stages, recipe.target.device),
     )
     if not processes.leads():
         return report
@@ -152,6 +155,16 @@ def default_output(recipe: str | Path) -> Path:
     return Path("runs", Path(recipe).stem)
 
 
+def _not_measured(stages: Sequence[Stage], device: str) -> dict[str, str]:
+    """Return the names of what was measured nowhere, with the reasons."""
+    known: set[str] = set()
+    for stage in stages:
+        for figures in (stage.memory, *map(asdict, stage.loads)):
+            known |= {name for name, figure in figures.items() if figure is not None}
+    reasons = measuring.reasons(device)
+    return {name: reason for name, reason in reasons.items() if name not in known}
+
+
 @dataclass(frozen=True)
 class Data:
     """The number of examples of every split, of the gate as the model sees them, and its slices.
@@ -184,7 +197,8 @@ def check_target(recipe: Recipe) -> None:
     """Refuse a target that is not here.
 
     Raises:
-        Unavailable: no CUDA device, or no sensor of energy, where one is asked for.
+        Unavailable: no CUDA device, none that computes in bf16, or no sensor of energy, where one
+            is asked for.
         MissingDependency: a library that is asked for is not installed.
         NotHere: TensorRT cannot build on this machine what is asked for.
     """
@@ -197,6 +211,10 @@ def check_target(recipe: Recipe) -> None:
         elif isinstance(step, Quantize) and step.in_torch:
             bnb.library()
     openers.check(target.runtime, target.device)
+    taught = [trained(step) for step in recipe.steps]
+    in_bf16 = any(each and each.precision == "bf16" for each in taught)
+    if in_bf16 and target.device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise Unavailable("precision: found a GPU without bf16, expected one with; train in fp32")
     if recipe.budget.max_energy is not None:
         counters, reason = energy.counters(target.device)
         if not counters:

@@ -31,7 +31,7 @@ from pipeline import (
 )
 from pipeline.checkpoint import ModelError
 from pipeline.masks import LEARNERS, Masks, Movement
-from pipeline.settings import Goal, Limited, Prune, Training
+from pipeline.settings import Goal, Limited, Prune, Quantize, Training
 from pipeline.store import Entry, NotMade
 from pipeline.structure import Kind
 from pipeline.work import Artifact, Work
@@ -95,6 +95,9 @@ def _cut(work: Work, step: Prune, before: Artifact) -> Entry:
 def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
     """Cut to a goal; the levels, and what they cost, are entries that other goals use, too."""
     load = work.recipe.target.loads[goal.load]
+    # There is one at most, and a recipe without it is refused.
+    steps = work.recipe.steps if goal.quantized else ()
+    quantize = next((each for each in steps if isinstance(each, Quantize)), None)
     price: costs.Price = prices.parameters
     if goal.multiply_adds:
         price = partial(prices.multiply_adds, sequence=load.sequence)
@@ -104,7 +107,7 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
             work=work,
             load=goal.load,
             first=before.entry.digest,
-            quantized=goal.quantized,
+            quantize=quantize,
         )
 
     def priced(models: costs.Variants) -> dict[str, float]:
@@ -159,7 +162,8 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
 
     costing = {
         "input": before.entry.digest,
-        "goal": goal.model_dump(mode="json", include={"units", "load", "quantized"}),
+        "goal": goal.model_dump(mode="json", include={"units", "load"}),
+        "quantize": quantize and quantize.model_dump(mode="json"),
         "by": price.func.__name__ if isinstance(price, partial) else price.__name__,
         "target": work.described()["target"],
         "machine": work.machine.identity(),

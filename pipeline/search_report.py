@@ -18,7 +18,10 @@ SCHEMA: Final = 1
 
 
 def content(found: Found) -> dict[str, Any]:
-    """Return search.json: units in names, fractions never per cent, None what is not known."""
+    """Return search.json: units in names, fractions never per cent, None what is not known.
+
+    `lost` and `lost_on_part` are what `metrics.lost` counts; tables and pages show `loss` of it.
+    """
     best, first = found.settings.best, found.first
     on_front = {c.number for c in front.pareto(found.candidates, best)}
     judged = {f.candidate.number: f.report.verdict.outcome for f in found.finalists}

@@ -4,10 +4,11 @@ A step's settings know nothing of the other steps, of the model, or of the data.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
+from benchmarks.machine import Machine
 from exporters import formats
 from pipeline import bnb, gptq
 from pipeline.compensation import REPAIRS
@@ -70,8 +71,8 @@ class Goal(Strict):
     """The share that is left."""
     load: int = Field(default=0, ge=0)
     """At which of the target's loads, by its place among them."""
-    quantized: Literal["fp16", "int4-weights", "int8-dynamic", "int8-weights"] | None = None
-    """Times are those of models after this method, as where a step of it follows."""
+    quantized: bool = False
+    """Times are those of models as the recipe's `quantize` will leave them, the uncut one too."""
     units: tuple[Literal["heads", "neurons", "layers"], ...] = Field(
         ("heads", "neurons"), min_length=1
     )
@@ -239,6 +240,21 @@ class Quantize(Limited):
     def standard(self) -> bool:
         """Whether the graph that is quantized has standard operators alone."""
         return self.portable or (not self.in_torch and METHODS[self.method].whole)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `quantization.Options` takes of the step."""
+        given = self.model_dump(exclude={"step", "method", *Limited.model_fields})
+        symmetric = self.algorithm not in ASYMMETRIC if self.symmetric is None else self.symmetric
+        return given | {"symmetric": symmetric}
+
+    def reduces_range(self, machine: Machine) -> bool:
+        """Return whether weights get 7 bits, since the machine's products of 8 overflow.
+
+        What is portable is for another runtime than the one here.
+        """
+        integer = not self.in_torch and METHODS[self.method].integer
+        return integer and machine.saturates and not self.portable
 
     @property
     def onnxruntime_alone(self) -> str:

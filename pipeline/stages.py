@@ -190,8 +190,8 @@ def _predicted(stage: Stage) -> str | None:
     if "speedup" not in goal and "latency_ms" not in goal:
         return None
     speedup = stage.details["dense_cost"] / stage.details["predicted_cost"]
-    after = f" after {goal['quantized']}" if "quantized" in goal else ""
-    return f"{speedup:.2f}x faster{after}"
+    both = ", both quantized" if goal.get("quantized") else ""
+    return f"{speedup:.2f}x faster{both}"
 
 
 def _not_run(artifact_format: str, runtime: str) -> bool:

@@ -29,9 +29,8 @@ from pipeline import bnb, calibration, checkpoint, gptq, mixed, parts, quantizat
 from pipeline.checkpoint import ModelError
 from pipeline.manifest import MANIFEST
 from pipeline.recipe import ORIGINAL
-from pipeline.settings import Export, Finetune, Limited, Quantize, trained
+from pipeline.settings import Export, Finetune, Quantize, trained
 from pipeline.store import Entry
-from pipeline.weight_only import ASYMMETRIC
 from pipeline.work import Artifact, Work
 
 FEWEST_WINDOWS: Final = 32
@@ -194,13 +193,9 @@ def quantize(work: Work, step: Quantize, before: Artifact) -> Entry:
     """Return the artifact as quantized ONNX."""
     source = export(work, before, standard=step.standard)
     integer = quantization.METHODS[step.method].integer
-    # What is portable is for another runtime than the one here.
-    reduce_range = integer and work.machine.saturates and not step.portable
+    reduce_range = step.reduces_range(work.machine)
     options = quantization.Options(
-        **step.model_dump(exclude={"step", "method", "symmetric", *Limited.model_fields}),
-        symmetric=step.algorithm not in ASYMMETRIC if step.symmetric is None else step.symmetric,
-        reduce_range=reduce_range,
-        calibration=partial(_calibration, work),
+        **step.options, reduce_range=reduce_range, calibration=partial(_calibration, work)
     )
 
     def make(folder: Path) -> dict[str, Any]:

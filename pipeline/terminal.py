@@ -165,9 +165,8 @@ def show_plans(budget: "Budget", metric: str, examples: int, slices: Mapping[str
 
 def _show_plan(plan: "Plan") -> None:
     documents = plan.limit.endswith("max_perplexity_ratio")
-    differ = "spread" if documents else "flipped"
-    then = "if nothing is lost in truth"
-    then += ", by the standard deviation over documents, nats a token:" if documents else ":"
+    differ = "spread over documents, nats a token" if documents else "flipped"
+    then = "if nothing is lost in truth:"
     if not plan.rows:
         then = f"equal outcomes pass with {plan.least:,} examples or more"
     out.print(

@@ -2,12 +2,14 @@
 
     python forked_runs.py RECIPE
 
-Reads the folder of an output from each line, begins `secateur run` in a child, says its number, and
-when it has ended its status, less than 0 for a signal.
+A line `FOLDER SECONDS` begins `secateur run` into the folder in a child, and kills it after so many
+seconds; a line with its status, -9 if it was killed, is the answer.
 """
 
 import os
+import signal
 import sys
+import time
 from importlib import import_module
 
 LIBRARIES = (
@@ -27,9 +29,23 @@ if __name__ == "__main__":
     from pipeline.cli import main
 
     for line in sys.stdin:
+        folder, seconds = line.split()
+        ends = time.monotonic() + float(seconds)
         child = os.fork()
         if not child:
             os.dup2(2, 1)
-            os._exit(main(["run", sys.argv[1], "--output", line.strip()]))
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            code = 1
+            try:
+                main(["run", sys.argv[1], "--output", folder])
+            except SystemExit as ended:
+                code = ended.code
+            finally:
+                os._exit(code)
+        ended = 0
+        while not ended and time.monotonic() < ends:
+            time.sleep(0.005)
+            ended, status = os.waitpid(child, os.WNOHANG)
+        if not ended:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)

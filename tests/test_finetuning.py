@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_in_bf16_products_alone_are_rounded(setting, tmp_path):
+def test_in_bf16_models_compute_and_losses_do_not(setting, tmp_path, monkeypatch):
     model = setting[0]
     teacher = Teacher(write_model(tmp_path / "teacher"), 1.0, task_weight=0.5, hidden_weight=0.1)
     kinds = {"student": set(), "teacher": set()}
@@ -63,7 +63,15 @@ def test_in_bf16_products_alone_are_rounded(setting, tmp_path):
         each.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
             lambda _, __, output, name=name: kinds[name].add(output.dtype)
         )
+    summed = set()
+    divergence = functional.kl_div
+    monkeypatch.setattr(
+        functional,
+        "kl_div",
+        lambda *a, **k: summed.update(x.dtype for x in a) or divergence(*a, **k),
+    )
     first = train(setting, precision="bf16", teacher=teacher)
+    assert summed == {torch.float32}
     assert kinds == {"student": {torch.bfloat16}, "teacher": {torch.bfloat16}}
     for _ in range(3):
         last = train(setting, precision="bf16", teacher=teacher)

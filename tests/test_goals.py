@@ -26,6 +26,7 @@ from pipeline.checkpoint import ModelError
 from pipeline.distillation import divergence
 from pipeline.recipe import Recipe, RecipeError
 from pipeline.runner import run
+from pipeline.settings import Quantize
 from pipeline.work import Work
 
 
@@ -191,12 +192,12 @@ def test_a_goal_that_is_too_far_says_how_far_one_can_go():
         reach(tiny("bert"), 0.01)
 
 
-def recipe(folder, **goal):
+def recipe(folder, steps=(), **goal):
     path = write_recipe(folder)
     content = yaml.safe_load(path.read_text())
     content["baseline"] = "original"
     content["budget"] = {"max_drop": 0.99, "baseline_floor": -1.0}
-    content["steps"] = [{"step": "prune", "goal": {"search": 3} | goal}]
+    content["steps"] = [{"step": "prune", "goal": {"search": 3} | goal}, *steps]
     path.write_text(yaml.safe_dump(content))
     return path
 
@@ -230,8 +231,17 @@ def test_a_speedup_is_predicted_from_measured_times(tmp_path, runtime, monkeypat
     assert stage["gain_note"].endswith(f" (predicted: {ratio:.2f}x faster)")
 
 
-def test_times_are_those_of_quantized_models_if_asked(tmp_path, monkeypatch):
-    path = recipe(tmp_path, speedup=1.3, quantized="int8-dynamic")
+@pytest.mark.parametrize(
+    ("method", "operator"),
+    [
+        ("int8-dynamic", "MatMulInteger"),
+        ("int4-weights", "MatMulNBits"),
+        ("fp16", "LayerNormalization"),  # fused, it would be another one
+    ],
+)
+def test_models_are_timed_as_a_step_quantizes_them(tmp_path, monkeypatch, method, operator):
+    step = {"step": "quantize", "method": method}
+    path = recipe(tmp_path, steps=[step], speedup=1.3, quantized=True)
     work = Work(Recipe.from_yaml(path), tmp_path / "out", fresh=False, track=silent)
     models = dict.fromkeys(("dense", "other"), lambda: from_pretrained(tmp_path / "model"))
     opened = []
@@ -242,10 +252,46 @@ def test_times_are_those_of_quantized_models_if_asked(tmp_path, monkeypatch):
         return open_worker(target, folder)
 
     monkeypatch.setattr(measuring, "open_worker", opening)
-    found = prices.latency_ms(models, work=work, load=0, first="0", quantized="int8-dynamic")
+    found = prices.latency_ms(models, work=work, load=0, first="0", quantize=Quantize(**step))
     assert all(value > 0 for value in found.values())
     assert len(opened) == len(models)
-    assert all("MatMulInteger" in operators for operators in opened)
+    assert all(operator in operators for operators in opened)
+
+
+def test_a_goal_is_priced_as_the_recipe_quantizes(tmp_path, monkeypatch):
+    steps = [{"step": "quantize", "method": "int8-weights", "block_size": 16}]
+    path = recipe(tmp_path, steps=steps, speedup=1.2, quantized=True)
+    asked = []
+
+    def latency_ms(models, *, quantize, **_):
+        asked.append(quantize)
+        return prices.parameters(models)
+
+    monkeypatch.setattr(prices, "latency_ms", latency_ms)
+    stages = run(path, tmp_path / "out").stages
+    assert {each.method for each in asked} == {"int8-weights"}
+    assert {each.block_size for each in asked} == {16}
+    assert stages[1].gain_note.endswith("x faster, both quantized)")
+    # In other bits they cost something else, and nothing is taken from what was priced before.
+    before = len(asked)
+    content = yaml.safe_load(path.read_text())
+    content["steps"][1]["block_size"] = 32
+    path.write_text(yaml.safe_dump(content))
+    run(path, tmp_path / "out")
+    assert {each.block_size for each in asked[before:]} == {32}
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "found no quantize step, expected one"),
+        ([{"step": "quantize", "method": "int8-static"}], "found int8-static, which takes calibr"),
+        ([{"step": "quantize", "method": "bnb-nf4"}], "found bnb-nf4, which takes a torch artif"),
+    ],
+)
+def test_a_goal_that_cannot_be_priced_quantized_is_refused(tmp_path, steps, message):
+    with pytest.raises(RecipeError, match=rf"steps\.0\.goal\.quantized: {message}"):
+        Recipe.from_yaml(recipe(tmp_path, steps=steps, speedup=2, quantized=True))
 
 
 def test_layers_of_a_recipe_go_beside_heads_and_neurons(tmp_path):
@@ -275,8 +321,7 @@ def test_a_recipe_with_a_goal_out_of_reach_is_refused(tmp_path):
         ({"speedup": 2, "parameters": 0.5}, "found .'speedup', 'parameters'., expected one of"),
         ({}, "found none, expected one of"),
         ({"speedup": 2, "units": ["layers"]}, "units: found layers alone, expected heads or"),
-        ({"parameters": 0.5, "quantized": "fp16"}, "quantized: found it with parameters, expected"),
-        ({"speedup": 2, "quantized": "int8-static"}, "goal.quantized: .* found 'int8-static'"),
+        ({"parameters": 0.5, "quantized": True}, "quantized: found it with parameters, expected"),
         ({"speedup": 2, "load": 3}, "goal.load: found 3, expected less than 1"),
     ],
 )

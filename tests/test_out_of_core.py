@@ -124,6 +124,10 @@ def test_a_cut_model_in_bf16_is_cut_again_and_stays_bf16(tmp_path):
         ({"heads": 0.5, "criterion": "fisher"}, "criterion: found 'fisher', expected one of.*grad"),
         ({"heads": 0.5, "repair": "most"}, "repair: found 'most', expected one of"),
         ({"neurons": 0.5, "multiple": 0}, "multiple: found 0, expected at least 1"),
+        (
+            {"neurons": 0.5, "multiple": 64, "criterion": "random", "repair": "none"},
+            "multiple: found 64, expected at most 48, the neurons of a layer",
+        ),
         ({"heads": 0.5}, "data: found none, expected text to calibrate on"),
         (
             {"heads": 0.01, "criterion": "random", "repair": "none"},

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from conftest import secateur, write_recipe
 
+from pipeline import search_page, search_report
 from pipeline.front import Found
 from pipeline.inventory import prune
 from pipeline.judging import judge_again
@@ -106,6 +107,17 @@ def test_the_page_and_the_table_name_every_candidate(searched):
     assert "<script" not in page
     assert "http:" not in page
     assert "https:" not in page
+
+
+def test_losses_of_perplexity_are_told_as_ratios(searched):
+    content = search_report.content(searched[0])
+    content |= {"metric": "perplexity", "budget": {"max_perplexity_ratio": 1.5}}
+    measured = [each for each in content["candidates"] if each["lost"] is not None]
+    assert measured
+    table, page = search_report.markdown(content), search_page.page(content)
+    for text in ("perplexity ratio", *(f"{1 + each['lost']:.4f}" for each in measured)):
+        assert text in table
+        assert text in page
 
 
 def test_what_cannot_be_cut_is_a_candidate_that_failed(searched):

@@ -6,14 +6,13 @@ The naive writer shows that the test has teeth: what is harmless to the store co
 import os
 import random
 import resource
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import forked_runs
@@ -282,34 +281,28 @@ class Runs:
     """Begins `secateur run` again and again; see forked_runs.py."""
 
     def __init__(self, recipe):
-        self._log = recipe.with_name("log").open("w+")
+        self._log = recipe.with_name("log")
+        settings = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, forked_runs.__file__, recipe],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._log,
+            stderr=self._log.open("a"),
             text=True,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+            env=os.environ | settings | {"TMPDIR": str(recipe.parent)},
         )
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self._process.stdin.close()
-        self._process.wait()
-        self._log.close()
+        self._process.communicate()
 
-    def run(self, folder, seconds=None):
-        """Return whether it ended before it was killed; it was within its budget then."""
-        print(folder, file=self._process.stdin, flush=True)
-        child = int(self._process.stdout.readline())
-        if not select.select([self._process.stdout], [], [], seconds)[0]:
-            with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+    def run(self, folder, seconds=600.0):
+        """Return whether it ended, within its budget, before it was killed."""
+        print(folder, seconds, file=self._process.stdin, flush=True)
         status = int(self._process.stdout.readline())
-        self._log.seek(0)
-        assert status in {0, -signal.SIGKILL}, self._log.read()
+        assert status in {0, -signal.SIGKILL}, self._log.read_text()
         return status == 0
 
 

@@ -19,6 +19,7 @@ from benchmarks.outcomes import Outcomes, fidelity
 from benchmarks.speed import compare, effective_samples, percentiles, ratio
 from benchmarks.tasks import TASKS
 from benchmarks.worker import WorkerError, next_token
+from exporters import MissingDependency, NotHere
 
 
 def test_latency_is_the_time_of_the_call(opened):
@@ -71,8 +72,13 @@ def test_an_artifact_that_does_not_open_is_an_error(opened):
 
 
 def test_what_this_machine_lacks_is_said_in_the_words_of_the_opener(opened):
-    with pytest.raises(Unavailable, match=r"^abacus: not installed; pip install abacus$"):
+    with pytest.raises(Unavailable, match=r"^x \(.*\): abacus: not installed; pip install"):
         opened("lacking")
+
+
+def test_all_errors_of_what_this_machine_lacks_are_known_to_workers():
+    lacking = (MissingDependency, NotHere, Unavailable)
+    assert {kind.__name__ for kind in lacking} == workers.NOT_HERE
 
 
 def test_a_hung_call_is_an_error_and_leaves_no_process(opened, monkeypatch):
