@@ -4,11 +4,13 @@ An entry is named by the hash of everything that it depends on. It is made in a 
 synced to the disk, given a manifest with the sha256 of every file, and renamed into its place, so
 that whatever a kill leaves behind is never taken for a result. A lock per entry lets several
 processes share a store; the kernel drops it when its holder dies. An entry is verified whenever it
-is read; a bad one is set aside and made again. Plain files only, no links. What a run asked for is
-noted, and a store is held while it is in use, so that the rest can be pruned (see `inventory`).
+is read; a bad one is set aside and made again, which is logged. Plain files only, no links. What a
+run asked for is noted, and a store is held while it is in use, so that the rest can be pruned (see
+`inventory`).
 """
 
 import fcntl
+import logging
 import os
 import shutil
 import uuid
@@ -23,6 +25,7 @@ from pipeline import manifest, processes
 from pipeline.manifest import fingerprint, seal, sync
 from pipeline.writing import write_text
 
+LOG: Final = logging.getLogger(__name__)
 HIDDEN: Final = ".store"
 """Locks, unfinished and set-aside entries lie here, beside the entries."""
 USED, SINCE = "used", "since"
@@ -115,6 +118,8 @@ class Store:
     ) -> Entry | None:
         """Make an entry in the place of `entry`, if there is one; the lock is held."""
         folder, unfinished = self._root / label, self._root / HIDDEN / "unfinished" / label
+        if entry is None and os.path.lexists(folder):
+            LOG.error("%s; it is made again, and set aside", _why_bad(folder))
         shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
         unfinished.mkdir()
         try:
@@ -189,6 +194,17 @@ def verify(folder: Path) -> Entry | None:
     except manifest.Damaged:
         return None
     return Entry(folder, fingerprint(files), about)
+
+
+def _why_bad(folder: Path) -> str:
+    """Return the first thing that is wrong with an entry."""
+    if folder.is_symlink():
+        return f"{folder}: found a link, expected a folder"
+    try:
+        manifest.read(folder)
+    except manifest.Damaged as error:
+        return str(error).splitlines()[0]
+    return f"{folder}: found it damaged"  # and mended since
 
 
 def publish(source: Callable[[Path], None], folder: Path, about: Mapping[str, Any]) -> None:

@@ -65,7 +65,7 @@ def test_a_fresh_store_makes_it_again_once(tmp_path):
     "damage",
     ["flip", "truncate", "delete", "add", "link", "hard link", "pipe", "manifest", "about"],
 )
-def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, damage):
+def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, caplog, damage):
     make = Maker()
     store = Store(tmp_path)
     entry = store.get("stage", {}, make)
@@ -96,6 +96,11 @@ def test_a_damaged_entry_is_set_aside_and_made_again(tmp_path, damage):
     assert make.calls == 2
     assert (again.folder / "deep" / "model.bin").read_text() == "weights"
     assert again.digest == entry.digest
+    (told,) = caplog.messages
+    assert told.startswith(str(entry.folder))
+    assert told.endswith("it is made again, and set aside")
+    assert store.get("stage", {}, make) == again
+    assert len(caplog.messages) == 1
 
 
 def test_every_byte_of_an_entry_is_guarded(tmp_path):
