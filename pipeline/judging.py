@@ -156,7 +156,7 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise EvidenceError(f"{path}: cannot be read: {error}") from None
     if not isinstance(report, dict) or report.get("schema") not in READ:
-        found = report.get("schema") if isinstance(report, dict) else type(report).__name__
+        found = report.get("schema", "none") if isinstance(report, dict) else type(report).__name__
         expected = " or ".join(map(str, READ))
         raise EvidenceError(
             f"{path}: found the schema {found}, expected {expected}, of the report.json of a run;"

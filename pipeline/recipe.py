@@ -271,10 +271,10 @@ def _unpriceable(recipe: Recipe, where: str) -> Iterator[str]:
     if step is None:
         yield f"{where}: found no quantize step, expected one; leave the key out, or add the step"
     elif step.in_torch or step.calibrated:
-        why = "a torch artifact" if step.in_torch else "calibration"
+        why = "gives a torch artifact" if step.in_torch else "takes calibration data"
         yield (
-            f"{where}: found {step.method}, which takes {why}, expected int8-dynamic, or another"
-            " method of graphs that takes no data; leave the key out"
+            f"{where}: found a quantize step that {why} ({step.method}), expected one that"
+            " does not, of int8-dynamic, int8-weights, int4-weights or fp16; or leave the key out"
         )
 
 

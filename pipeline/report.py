@@ -321,6 +321,13 @@ def result(report: Mapping[str, Any]) -> str:
     )
 
 
+def dropped_note(report: Mapping[str, Any]) -> str:
+    """Return how many examples the splits lost, if any."""
+    dropped = {name: count for name, count in report["data"].get("dropped", {}).items() if count}
+    found = ", ".join(f"{name} {count:,}" for name, count in dropped.items())
+    return f"dropped, being there twice or in another split, too: {found}" if found else ""
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """Return report.md, fit for a pull request: what a reviewer needs, the rest folded away."""
     told = report["stages"][-1]["fidelity"]
@@ -333,8 +340,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["", stage_table(report), ""]
     if note := busy_note(report):
         lines += [f"**{note}**", ""]
-    if note := uses_note(report):
-        lines += [note, ""]
+    for note in (uses_note(report), dropped_note(report)):
+        lines += [note, ""] if note else []
     lines += [f"Speedup and flips against `{report['baseline']}`. {evidence(report)}", ""]
     lines += ["<details><summary>What each stage did</summary>", ""]
     for stage in report["stages"]:

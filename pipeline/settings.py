@@ -90,7 +90,7 @@ class Goal(Strict):
             raise ValueError(f"found {given or 'none'}, expected one of {list(measures)}")
         if self.quantized and not (self.speedup or self.latency_ms):
             raise ValueError(
-                f"quantized: found it with {given[0]}, expected it with a goal of time"
+                f"found `quantized` with {given[0]}, expected it with speedup or latency_ms"
             )
         return self
 

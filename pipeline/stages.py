@@ -181,17 +181,17 @@ def _gain_note(before: Stage, stage: Stage) -> str:
     note = ", ".join(gains) if gains else "no gain in latency, memory or size on this target"
     if _not_run(stage.format, stage.runtime):
         note += f"; {NOT_RUN}"
-    return f"{note} (predicted: {foreseen})" if foreseen else note
+    return f"{note} ({foreseen})" if foreseen else note
 
 
 def _predicted(stage: Stage) -> str | None:
-    """Return the speedup that a goal foresaw, if the step had a goal of time."""
+    """Return what speedup a goal foresaw, if the step had a goal of time."""
     goal: Mapping[str, Any] = stage.details.get("goal", {})
     if "speedup" not in goal and "latency_ms" not in goal:
         return None
     speedup = stage.details["dense_cost"] / stage.details["predicted_cost"]
-    both = ", both quantized" if goal.get("quantized") else ""
-    return f"{speedup:.2f}x faster{both}"
+    both = ", of both models quantized" if goal.get("quantized") else ""
+    return f"predicted{both}: {speedup:.2f}x faster"
 
 
 def _not_run(artifact_format: str, runtime: str) -> bool:

@@ -36,7 +36,7 @@ def show_report(text: str, folder: Path) -> None:
     """Show the table of stages, the checks and the verdict of report.json."""
     import json
 
-    from pipeline.report import busy_note, notes, table, uses_note
+    from pipeline.report import busy_note, dropped_note, notes, table, uses_note
 
     report = json.loads(text)
     out.print()
@@ -44,7 +44,7 @@ def show_report(text: str, folder: Path) -> None:
     for stage in report["stages"]:
         if lines := notes(stage):
             out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
-    for note in (busy_note(report), uses_note(report)):
+    for note in (busy_note(report), uses_note(report), dropped_note(report)):
         if note:
             out.print(f"[yellow]{note}[/]", soft_wrap=True)
     out.print()
