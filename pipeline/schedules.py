@@ -160,17 +160,17 @@ def _reach(work: Work, step: Prune, goal: Goal, before: Artifact) -> Entry:
         }
         return work.write(model, folder, details)
 
-    costing = {
+    bits = {"quantize": quantize and quantize.model_dump(mode="json")}
+    costing = bits | {
         "input": before.entry.digest,
         "goal": goal.model_dump(mode="json", include={"units", "load"}),
-        "quantize": quantize and quantize.model_dump(mode="json"),
         "by": price.func.__name__ if isinstance(price, partial) else price.__name__,
         "target": work.described()["target"],
         "machine": work.machine.identity(),
     }
     machine = {"machine": work.machine.identity()} if goal.speedup or goal.latency_ms else {}
-    key = {"input": before.entry.digest, "target": costing["target"]} | machine | _key(work, step)
-    return work.make("prune", key | {"seed": work.recipe.seed}, make)
+    key = {"input": before.entry.digest, "target": costing["target"]} | machine | bits
+    return work.make("prune", key | _key(work, step) | {"seed": work.recipe.seed}, make)
 
 
 def _keep(
