@@ -283,14 +283,15 @@ class Runs:
     def __init__(self, recipe):
         self._log = recipe.with_name("log")
         settings = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, forked_runs.__file__, recipe],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log.open("a"),
-            text=True,
-            env=os.environ | settings | {"TMPDIR": str(recipe.parent)},
-        )
+        with self._log.open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, forked_runs.__file__, recipe],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | settings | {"TMPDIR": str(recipe.parent)},
+            )
 
     def __enter__(self):
         return self
