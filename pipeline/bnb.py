@@ -197,7 +197,8 @@ def _matrix(layer: Any) -> torch.Tensor:
     even = size % state.blocksize == 0
     state.shape = torch.Size([size // state.blocksize, state.blocksize] if even else [size])
     state.absmax = state.absmax.cpu()
-    matrix = library().functional.dequantize_4bit(layer.weight.data.cpu(), state)
+    functional = import_module("bitsandbytes.functional")  # the layer's own, imported before it
+    matrix = functional.dequantize_4bit(layer.weight.data.cpu(), state)
     whole: torch.Tensor = matrix.float().reshape(shape)
     return whole
 

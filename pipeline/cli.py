@@ -87,7 +87,7 @@ def _check_one(path: Path) -> int:
     from benchmarks.tasks import TASKS
     from pipeline import space
     from pipeline.recipe import Recipe
-    from pipeline.report import step_words
+    from pipeline.report import dropped_note, step_words
     from pipeline.runner import check
     from pipeline.search import as_finalist, read
 
@@ -106,16 +106,13 @@ def _check_one(path: Path) -> int:
     out.print(f"  target: {target.runtime} on {target.device}; baseline: {recipe.baseline}")
     with progress() as bars:
         data = check(recipe, track=Bars(bars))
-    out.print(f"  examples: {_counted(data.splits)}")
-    if dropped := _counted(data.dropped):
-        out.print(f"  dropped, being there twice or in another split, too: {dropped}")
+    found = ", ".join(f"{split} {count:,}" for split, count in data.splits.items())
+    out.print(f"  examples: {found}")
+    if note := dropped_note(data.dropped):
+        out.print(f"  {note}")
     metric = recipe.task.metric or TASKS[recipe.task.kind].metrics[0]
     decided = show_plans(recipe.budget, metric, data.splits["gate"], data.slices)
     return CODES["pass" if decided else "inconclusive"]
-
-
-def _counted(splits: Mapping[str, int]) -> str:
-    return ", ".join(f"{split} {count:,}" for split, count in splits.items() if count)
 
 
 def _search(options: argparse.Namespace) -> int:

@@ -162,7 +162,8 @@ def _not_measured(stages: Sequence[Stage], device: str) -> dict[str, str]:
         for figures in (stage.memory, *map(asdict, stage.loads)):
             known |= {name for name, figure in figures.items() if figure is not None}
     reasons = measuring.reasons(device)
-    return {name: reason for name, reason in reasons.items() if name not in known}
+    before = "not when this was measured; it could be now"
+    return {name: reason or before for name, reason in reasons.items() if name not in known}
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Training(Strict):
     """The share of the training in which the learning rate rises."""
     weight_decay: float = Field(default=0.01, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What products are computed in; weights and what the optimizer knows of them stay as is."""
+    """What the models compute in; losses, weights and the optimizer stay as they are."""
     freeze_embeddings: bool = False
     """Leave the embedding tables as they are: less memory and time."""
     teacher: str | None = None

@@ -44,7 +44,8 @@ def show_report(text: str, folder: Path) -> None:
     for stage in report["stages"]:
         if lines := notes(stage):
             out.print(f"[dim]{stage['name']}: {escape('; '.join(lines))}[/dim]")
-    for note in (busy_note(report), uses_note(report), dropped_note(report)):
+    dropped = report["data"].get("dropped", {})
+    for note in (busy_note(report), uses_note(report), dropped_note(dropped)):
         if note:
             out.print(f"[yellow]{note}[/]", soft_wrap=True)
     out.print()

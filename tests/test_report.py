@@ -15,6 +15,7 @@ from pipeline.report import (
     Verdict,
     busy_note,
     check_line,
+    dropped_note,
     json_schema,
     markdown,
     notes,
@@ -124,3 +125,8 @@ def test_what_a_quantization_changed_is_told_with_the_largest_part_first():
         "embeddings 11.9 MB, attention 2.4 MB",
     ]
     assert notes(stage | {"gain_note": SAME}) == [SAME]
+
+
+def test_dropped_examples_are_told_where_there_are_any():
+    assert dropped_note({"train": 0, "gate": 0}) == ""
+    assert dropped_note({"train": 1200, "gate": 0}).endswith("in another split, too: train 1,200")
